@@ -1,0 +1,33 @@
+"""Sizes of the inference engine."""
+
+from typing import Literal
+
+from pydantic import PositiveInt
+
+from qwq_jax.config.frozen import Frozen
+
+
+class EngineConfig(Frozen):
+    """Everything that fixes a compiled shape of the engine or the memory it takes.
+
+    None of these change what a request is answered, beyond rounding.
+
+    Attributes:
+        max_sequences: Rows of the decode step, per data replica.
+        page_size: Tokens in one page of the key-value cache.
+        num_pages: Pages per data replica. ``None`` gives every row room for `max_context` tokens.
+        max_context: Longest prompt plus completion. ``None`` takes the model's own limit.
+        prefill_chunk: Prompt tokens of one sequence that one prefill step computes.
+        max_prefill_sequences: Sequences that one prefill step computes, per data replica.
+        compute_dtype: Type of weights and activations on the device.
+        cache_dtype: Type of the key-value cache. ``None`` takes `compute_dtype`.
+    """
+
+    max_sequences: PositiveInt = 32
+    page_size: PositiveInt = 64
+    num_pages: PositiveInt | None = None
+    max_context: PositiveInt | None = None
+    prefill_chunk: PositiveInt = 256
+    max_prefill_sequences: PositiveInt = 4
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    cache_dtype: Literal["float32", "bfloat16"] | None = None

@@ -1,0 +1,95 @@
+"""Settings of a fine-tuning run."""
+
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from qwq_jax.config.frozen import Frozen
+from qwq_jax.config.mesh import MeshConfig
+
+
+class OptimizerConfig(Frozen):
+    """AdamW with linear warm-up and cosine decay.
+
+    Attributes:
+        learning_rate: The peak, at the end of the warm-up.
+        warmup_steps: Steps from zero to the peak.
+        final_lr_ratio: The last learning rate, as a part of the peak.
+        b1: Decay of the mean of gradients.
+        b2: Decay of the mean of squared gradients.
+        eps: Added to the root of the latter.
+        weight_decay: Decoupled decay of matrices; norms and biases are left alone.
+        clip_norm: Longest global gradient; ``None`` clips nothing.
+    """
+
+    learning_rate: PositiveFloat = 1e-5
+    warmup_steps: NonNegativeInt = 0
+    final_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
+    b1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    b2: float = Field(default=0.95, ge=0.0, lt=1.0)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    clip_norm: PositiveFloat | None = 1.0
+
+
+class SftConfig(Frozen):
+    """One instruction-tuning run.
+
+    Attributes:
+        model: A checkpoint directory, a Hugging Face directory, or, with `init` ``"random"``, also a preset
+            ``configs/models/*.toml``.
+        init: Start from the weights of `model`, or from random ones of its architecture.
+        tokenizer: Directory of the tokenizer and chat template; ``None`` takes `model`'s.
+        train_files: JSONL files, each line with ``messages``.
+        eval_files: The same, held out; none of it is trained on.
+        output_dir: Where checkpoints and metrics go; the same command continues a run found there.
+        sequence_length: Tokens in a packed row.
+        rows_per_step: Packed rows in one optimizer step, over all devices.
+        accumulation: Micro-batches that a step is computed in.
+        steps: Optimizer steps.
+        eval_every: Steps between held-out losses; 0 evaluates only at the end.
+        save_every: Steps between checkpoints; 0 saves only at the end.
+        keep: Checkpoints kept beside the best one.
+        seed: Fixes initial weights and data order.
+        remat: Compute each layer's activations again in the backward pass rather than keep them.
+        param_dtype: Type of the master weights and of the optimizer state.
+        compute_dtype: Type of activations and of the weights they meet.
+        mesh: The device mesh.
+        optimizer: The optimizer.
+    """
+
+    model: str
+    init: Literal["pretrained", "random"] = "pretrained"
+    tokenizer: str | None = None
+    train_files: tuple[str, ...] = Field(min_length=1)
+    eval_files: tuple[str, ...] = ()
+    output_dir: str
+    sequence_length: PositiveInt = 4096
+    rows_per_step: PositiveInt = 8
+    accumulation: PositiveInt = 1
+    steps: PositiveInt
+    eval_every: NonNegativeInt = 0
+    save_every: NonNegativeInt = 0
+    keep: PositiveInt = 2
+    seed: NonNegativeInt = 0
+    remat: bool = True
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    mesh: MeshConfig = MeshConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.model.endswith(".toml") and self.init == "pretrained":
+            raise ValueError(f"model {self.model} is a preset without weights, so init must be 'random'")
+        if self.model.endswith(".toml") and self.tokenizer is None:
+            raise ValueError(f"model {self.model} is a preset without a tokenizer, so tokenizer must name a directory")
+        shards = self.mesh.data * self.mesh.fsdp
+        if self.rows_per_step % (self.accumulation * shards):
+            raise ValueError(
+                f"rows_per_step {self.rows_per_step} does not divide into accumulation {self.accumulation} x "
+                f"mesh.data {self.mesh.data} x mesh.fsdp {self.mesh.fsdp}"
+            )
+        if self.optimizer.warmup_steps >= self.steps:
+            raise ValueError(f"optimizer.warmup_steps {self.optimizer.warmup_steps} is not below steps {self.steps}")
+        return self
