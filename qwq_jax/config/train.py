@@ -46,7 +46,9 @@ class SftConfig(Frozen):
         sequence_length: Tokens in a packed row.
         rows_per_step: Packed rows in one optimizer step, over all devices.
         accumulation: Micro-batches that a step is computed in.
-        steps: Optimizer steps.
+        skip_too_long: Leave out (and count) examples that do not fit a row, instead of refusing the file.
+        steps: Optimizer steps that the learning rate is planned for.
+        stop_after: End after this many of `steps`, as if that were the plan; ``None`` takes them all.
         eval_every: Steps between held-out losses; 0 evaluates only at the end.
         save_every: Steps between checkpoints; 0 saves only at the end.
         keep: Checkpoints kept beside the best one.
@@ -54,6 +56,9 @@ class SftConfig(Frozen):
         remat: Compute each layer's activations again in the backward pass rather than keep them.
         param_dtype: Type of the master weights and of the optimizer state.
         compute_dtype: Type of activations and of the weights they meet.
+        logprob_chunk: Tokens whose logits exist at one time.
+        final: Which weights become the checkpoint at the end: the last, or those of the least held-out loss.
+        final_dtype: Type they are stored in.
         mesh: The device mesh.
         optimizer: The optimizer.
     """
@@ -67,7 +72,9 @@ class SftConfig(Frozen):
     sequence_length: PositiveInt = 4096
     rows_per_step: PositiveInt = 8
     accumulation: PositiveInt = 1
+    skip_too_long: bool = False
     steps: PositiveInt
+    stop_after: PositiveInt | None = None
     eval_every: NonNegativeInt = 0
     save_every: NonNegativeInt = 0
     keep: PositiveInt = 2
@@ -75,6 +82,9 @@ class SftConfig(Frozen):
     remat: bool = True
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    logprob_chunk: PositiveInt = 1024
+    final: Literal["last", "best"] = "last"
+    final_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
 
@@ -90,6 +100,15 @@ class SftConfig(Frozen):
                 f"rows_per_step {self.rows_per_step} does not divide into accumulation {self.accumulation} x "
                 f"mesh.data {self.mesh.data} x mesh.fsdp {self.mesh.fsdp}"
             )
+        if self.final == "best" and not self.eval_files:
+            raise ValueError("final 'best' needs eval_files to tell which weights are the best")
+        if self.stop_after is not None and self.stop_after > self.steps:
+            raise ValueError(f"stop_after {self.stop_after} lies beyond steps {self.steps}")
         if self.optimizer.warmup_steps >= self.steps:
             raise ValueError(f"optimizer.warmup_steps {self.optimizer.warmup_steps} is not below steps {self.steps}")
         return self
+
+    @property
+    def last_step(self) -> int:
+        """The step the run ends after."""
+        return self.steps if self.stop_after is None else self.stop_after
