@@ -1,0 +1,91 @@
+"""The ways tokens see each other: the `attend` argument of the model.
+
+Each binds a kernel to a batch's layout. On a tensor axis wider than K, kv heads are repeated so that every shard owns
+whole heads (`Layout.kv_copies`); the kernel then runs on each device's own heads.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qwq_jax.kernels.attention import PagedLayer, RaggedRows, attention, paged_attention, token_slots
+from qwq_jax.model.cache import CACHE_AXES
+from qwq_jax.model.layers import Attend
+from qwq_jax.sharding import Layout
+
+
+def causal_attend(segment_ids: jax.Array | None, layout: Layout | None = None) -> Attend:
+    """Causal attention within segments, without a cache: training and scoring.
+
+    Args:
+        segment_ids: `[B, T]` int32, or None for one sequence a row.
+        layout: Pins q, k and v to batch and heads. None: a single device.
+    """
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        if layout is not None:
+            k, v = _share(layout, q, k), _share(layout, q, v)
+            q = layout.constrain(q, ("batch", None, "heads", None))
+            k = layout.constrain(k, ("batch", None, "kv_shared", None))
+            v = layout.constrain(v, ("batch", None, "kv_shared", None))
+        return attention(q, k, v, segment_ids, scale=q.shape[-1] ** -0.5), cache
+
+    return attend
+
+
+def paged_attend(
+    layout: Layout,
+    *,
+    page_table: jax.Array,
+    kv_length: jax.Array,
+    query_start: jax.Array,
+    positions: jax.Array,
+    decode_rows: int,
+    max_query: int,
+    pool: tuple[int, int],
+) -> Attend:
+    """Attention over the paged cache for one engine step; every array has a leading replica axis R.
+
+    Args:
+        layout: The mesh; replicas lie on its data axes.
+        page_table: `[R, B, W]` int32.
+        kv_length: `[R, B]` int32.
+        query_start: `[R, B+1]` int32.
+        positions: `[R, T]` int32.
+        decode_rows: See `paged_attention`.
+        max_query: See `paged_attention`.
+        pool: Pages of a replica's pool, and tokens a page.
+    """
+    pages, page_size = pool
+    slots = jax.vmap(lambda *a: token_slots(*a, page_size=page_size, pages=pages))
+    rows = RaggedRows(page_table, kv_length, query_start, slots(page_table, kv_length, query_start, positions))
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: PagedLayer) -> tuple[jax.Array, PagedLayer]:
+        def local(q: jax.Array, k: jax.Array, v: jax.Array, cache: PagedLayer, rows: RaggedRows):
+            kernel = lambda *a: paged_attention(  # noqa: E731
+                *a, scale=q.shape[-1] ** -0.5, decode_rows=decode_rows, max_query=max_query
+            )
+            # One replica a device, so vmap would only turn the kernel's branches into selects.
+            out, layer = kernel(*jax.tree.map(lambda x: x[0], (q, k, v, cache, rows)))
+            return jax.tree.map(lambda x: x[None], (out, layer))
+
+        heads = layout.spec(("replica", None, "heads", None))
+        shared = layout.spec(("replica", None, "kv_shared", None))
+        pages_spec = PagedLayer(layout.spec(CACHE_AXES), layout.spec(CACHE_AXES))
+        rows_spec = RaggedRows(*(layout.spec(("replica",)) for _ in rows))
+        sharded = jax.shard_map(
+            local,
+            mesh=layout.mesh,
+            in_specs=(heads, shared, shared, pages_spec, rows_spec),
+            out_specs=(heads, pages_spec),
+            check_vma=False,  # the reference's scan starts from replicated zeros
+        )
+        return sharded(q, _share(layout, q, k), _share(layout, q, v), cache, rows)
+
+    return attend
+
+
+def _share(layout: Layout, q: jax.Array, kv: jax.Array) -> jax.Array:
+    copies = layout.kv_copies(q.shape[2], kv.shape[2])
+    return kv if copies == 1 else jnp.repeat(kv, copies, axis=2)

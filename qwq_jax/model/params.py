@@ -1,0 +1,98 @@
+"""Parameters as a flat `dict[str, jax.Array]`: random ones, stacked ones, and bound to a module."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qwq_jax.config.model import ModelConfig
+from qwq_jax.model.spec import ArraySpec, flatten, model_spec
+from qwq_jax.model.transformer import Transformer
+from qwq_jax.sharding import Layout
+
+Params = dict[str, jax.Array]
+
+
+def bind(config: ModelConfig, params: Mapping[str, jax.Array], *, dtype: Any, remat: bool = False) -> Transformer:
+    """A `Transformer` that holds these arrays; cheap, meant to be called inside `jax.jit`.
+
+    Args:
+        config: The architecture.
+        params: By dotted path, one array a layer or stacked.
+        dtype: Dtype of the activations.
+        remat: See `Transformer`.
+
+    Raises:
+        ValueError: A parameter is missing, or not one of the model's.
+    """
+    stacked = not any(path.startswith("layers.0.") for path in params)
+    graph, state = _abstract(config, stacked, jnp.dtype(dtype), remat)
+    flat = flatten(state)
+    if flat.keys() != params.keys():
+        wrong = sorted(flat.keys() ^ params.keys())
+        raise ValueError(f"these parameters are missing from the model or unknown to it: {', '.join(wrong[:5])}")
+    paths = [path for path, _ in nnx.to_flat_state(state)]
+    filled = [
+        (path, variable.replace(params[".".join(map(str, path))])) for path, variable in zip(paths, flat.values())
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def stack(params: Mapping[str, jax.Array], num_layers: int) -> Params:
+    """Joins `layers.{i}.X [...]` to `layers.X [L, ...]`; other parameters stay."""
+    out = {path: array for path, array in params.items() if not path.startswith("layers.")}
+    for path in params:
+        if path.startswith("layers.0."):
+            name = path.removeprefix("layers.0.")
+            out[f"layers.{name}"] = jnp.stack([params[f"layers.{i}.{name}"] for i in range(num_layers)])
+    return out
+
+
+def unstack(params: Mapping[str, jax.Array], num_layers: int) -> Params:
+    """Splits `layers.X [L, ...]` into `layers.{i}.X [...]`; the inverse of `stack`."""
+    out = {path: array for path, array in params.items() if not path.startswith("layers.")}
+    for path, array in params.items():
+        if path.startswith("layers."):
+            name = path.removeprefix("layers.")
+            out.update({f"layers.{i}.{name}": array[i] for i in range(num_layers)})
+    return out
+
+
+def random_params(
+    config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32, layout: Layout | None = None
+) -> Params:
+    """Freshly initialised parameters: kernels normal with deviation 0.02, biases 0, norm scales 1.
+
+    Args:
+        config: The architecture.
+        key: Source of randomness; every array gets a key of its own, so values do not depend on the mesh.
+        dtype: Dtype of all parameters.
+        layout: Where they go; each device makes its own part. None: the default device.
+    """
+    spec = model_spec(config, dtype)
+
+    def make() -> Params:
+        return {
+            path: _initial(path, array, jax.random.fold_in(key, i))
+            for i, (path, array) in enumerate(sorted(spec.items()))
+        }
+
+    if layout is None:
+        return jax.jit(make)()
+    return jax.jit(make, out_shardings={path: layout.sharding(a.axes, a.shape) for path, a in spec.items()})()
+
+
+def _initial(path: str, spec: ArraySpec, key: jax.Array) -> jax.Array:
+    if path.endswith("scale"):
+        return jnp.ones(spec.shape, spec.dtype)
+    if path.endswith("bias"):
+        return jnp.zeros(spec.shape, spec.dtype)
+    return (0.02 * jax.random.normal(key, spec.shape, jnp.float32)).astype(spec.dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _abstract(config: ModelConfig, stacked: bool, dtype: Any, remat: bool) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: Transformer(config, stacked=stacked, dtype=dtype, remat=remat)))

@@ -1,0 +1,57 @@
+"""Arrays described before they exist: the abstract tree that everything else derives from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from qwq_jax.config.model import ModelConfig
+from qwq_jax.model.transformer import Transformer
+from qwq_jax.sharding import Axes
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One parameter that need not exist yet.
+
+    Example:
+        `ArraySpec((64, 8, 16), jnp.bfloat16, ("embed", "heads", None))` is a query projection.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: Axes
+
+
+def flatten(state: nnx.State) -> dict[str, Any]:
+    """Flat view of a module's state: dotted path to its variable."""
+    return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+
+
+def model_spec(config: ModelConfig, dtype: Any = jnp.bfloat16) -> dict[str, ArraySpec]:
+    """Every parameter of the model, by dotted path, one array a layer.
+
+    Args:
+        config: The architecture.
+        dtype: Dtype of all parameters.
+
+    Returns:
+        For example `"layers.0.attention.q_kernel": ArraySpec((D, N, H), dtype, ("embed", "heads", None))`.
+    """
+    state = nnx.state(nnx.eval_shape(lambda: Transformer(config)))
+    dtype = jnp.dtype(dtype)
+    return {path: ArraySpec(tuple(v.get_value().shape), dtype, v.axes) for path, v in flatten(state).items()}
+
+
+def stacked_spec(spec: Mapping[str, ArraySpec], num_layers: int) -> dict[str, ArraySpec]:
+    """The spec of the same parameters with the layers stacked, `layers.{i}.X` becoming `layers.X` of `[L, ...]`."""
+    out = {}
+    for path, array in spec.items():
+        if path.startswith("layers.0."):
+            name = "layers." + path.removeprefix("layers.0.")
+            out[name] = ArraySpec((num_layers, *array.shape), array.dtype, ("layers", *array.axes))
+        elif not path.startswith("layers."):
+            out[path] = array
+    return out

@@ -1,0 +1,101 @@
+"""The decoder: embedding, blocks, final norm, head.
+
+The same module serves two arrangements of its weights. *Unrolled*, one set of arrays a layer, is what checkpoints and
+decoding use: a scan over layers would copy the whole KV cache. *Stacked*, one array with a leading L axis a weight, is
+what training uses: one layer is compiled, and rematerialisation wraps it.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qwq_jax.config.model import ModelConfig
+from qwq_jax.model.layers import Attend, Block, RMSNorm, param
+from qwq_jax.model.rope import rotary_tables
+
+
+class Embed(nnx.Module):
+    """Token embedding `[V, D]`."""
+
+    def __init__(self, config: ModelConfig):
+        """Declares the table."""
+        self.embedding = param((config.vocab_size, config.hidden_size), ("vocab", "embed"))
+
+
+class Head(nnx.Module):
+    """Output projection `[V, D]`, row-major by token as the embedding is."""
+
+    def __init__(self, config: ModelConfig):
+        """Declares the matrix."""
+        self.kernel = param((config.vocab_size, config.hidden_size), ("vocab", "embed"))
+
+
+class Transformer(nnx.Module):
+    """A Qwen2 decoder. Build it with `qwq_jax.model.params.bind`, which puts real arrays in."""
+
+    def __init__(self, config: ModelConfig, *, stacked: bool = False, dtype: Any = jnp.float32, remat: bool = False):
+        """Declares all arrays.
+
+        Args:
+            config: The architecture.
+            stacked: Whether the arrays of the layers come stacked, `[L, ...]`.
+            dtype: Dtype of the activations; weights are cast to it where they are used.
+            remat: Whether the backward pass recomputes each layer instead of keeping its activations (stacked only).
+        """
+        self.config = config
+        self.stacked = stacked
+        self.dtype = dtype
+        self.remat = remat
+        self.embed = Embed(config)
+        self.layers = Block(config) if stacked else nnx.List([Block(config) for _ in range(config.num_layers)])
+        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.head = Head(config)
+
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, attend: Attend, cache: tuple[Any, ...] | None = None
+    ) -> tuple[jax.Array, tuple[Any, ...] | None]:
+        """Runs the decoder up to its final norm.
+
+        Args:
+            tokens: `[B, T]` int32 token ids.
+            positions: `[B, T]` int32, of each token in its own sequence.
+            attend: How tokens see each other; see `qwq_jax.model.attention`.
+            cache: One entry a layer, handed to `attend` (unrolled only).
+
+        Returns:
+            Hidden states `[B, T, D]` in the activation dtype, and the cache.
+        """
+        x = self.embed.embedding[...].at[tokens].get(mode="clip").astype(self.dtype)
+        rotary = rotary_tables(positions, self.config)
+        if self.stacked:
+            assert cache is None, "a scan over layers would copy the cache"
+            x = self._scan(x, rotary, attend)
+        else:
+            entries = cache if cache is not None else (None,) * len(self.layers)
+            updated = []
+            for block, entry in zip(self.layers, entries, strict=True):
+                x, entry = block(x, rotary, attend, entry)
+                updated.append(entry)
+            cache = tuple(updated) if cache is not None else None
+        return self.final_norm(x), cache
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Scores of the next token: `[..., D]` to float32 `[..., V]`."""
+        return jnp.einsum(
+            "...d,vd->...v", hidden, self.head_matrix().astype(self.dtype), preferred_element_type=jnp.float32
+        )
+
+    def head_matrix(self) -> jax.Array:
+        """The output projection `[V, D]`: the embedding where the two are tied."""
+        return self.embed.embedding[...] if self.config.tie_word_embeddings else self.head.kernel[...]
+
+    def _scan(self, x: jax.Array, rotary: tuple[jax.Array, jax.Array], attend: Attend) -> jax.Array:
+        graph, stacked = nnx.split(self.layers)
+
+        def body(x: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
+            return nnx.merge(graph, weights)(x, rotary, attend, None)[0], None
+
+        return jax.lax.scan(jax.checkpoint(body) if self.remat else body, x, stacked)[0]

@@ -1,0 +1,159 @@
+"""Logical axes, and the two tables that map them to mesh axes.
+
+The model names the dimensions of its arrays (`"heads"`, `"mlp"`, ...) and knows nothing of meshes. A `Layout` is one mesh
+together with one table; it turns logical axes into `jax.sharding.NamedSharding`. No other module names a mesh axis.
+
+| logical axis | array dimension                     | TRAIN        | DECODE       |
+|--------------|-------------------------------------|--------------|--------------|
+| batch        | B, rows of tokens                   | data, fsdp   | data, fsdp   |
+| replica      | one page pool and its rows          | -            | data, fsdp   |
+| vocab        | V (replicated if it does not divide)| tensor       | tensor       |
+| embed        | D of a weight                       | fsdp         | -            |
+| heads        | N                                   | tensor       | tensor       |
+| kv_heads     | K (replicated if it does not divide)| tensor       | tensor       |
+| kv_shared    | K after `kv_copies`                 | tensor       | tensor       |
+| mlp          | F                                   | tensor       | tensor       |
+| layers       | L of stacked weights                | -            | -            |
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from qwq_jax.config.mesh import MeshConfig
+
+Axes = tuple[str | None, ...]
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+TRAIN: Mapping[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "kv_shared": ("tensor",),
+    "mlp": ("tensor",),
+    "layers": (),
+}
+
+DECODE: Mapping[str, tuple[str, ...]] = {
+    **TRAIN,
+    "replica": ("data", "fsdp"),
+    "embed": (),
+}
+
+# A weight dimension of these axes is replicated, on purpose, where the mesh does not divide it: every device then holds
+# the whole of a small kv projection, or of a vocabulary of odd size. Any other axis that does not divide is an error.
+REPLICABLE = frozenset({"vocab", "kv_heads"})
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh and the table that places logical axes on it.
+
+    Example:
+        >>> layout = decode_layout(make_mesh(MeshConfig(tensor=1)))
+        >>> layout.spec(("vocab", "embed"), (512, 64))
+        PartitionSpec('tensor', None)
+    """
+
+    mesh: Mesh
+    table: Mapping[str, tuple[str, ...]]
+
+    def size(self, axis: str) -> int:
+        """Number of parts into which this layout cuts the logical axis."""
+        return math.prod(self.mesh.shape[name] for name in self._mesh_axes(axis))
+
+    def spec(self, axes: Axes, shape: Sequence[int] | None = None) -> PartitionSpec:
+        """Partition spec of an array.
+
+        Args:
+            axes: One logical axis, or None, a dimension.
+            shape: The array's shape; given, divisibility is checked.
+
+        Raises:
+            ValueError: An axis is unknown to the table, or a dimension that must divide does not.
+        """
+        parts = []
+        for index, axis in enumerate(axes):
+            names = self._mesh_axes(axis) if axis is not None else ()
+            if axis is not None and shape is not None and shape[index] % self.size(axis):
+                if axis not in REPLICABLE:
+                    raise ValueError(
+                        f"a dimension of size {shape[index]} ({axis}) cannot be split over {self.size(axis)} devices of "
+                        f"the mesh axes {', '.join(names)}; choose a mesh whose size divides it"
+                    )
+                names = ()
+            parts.append(names[0] if len(names) == 1 else (names or None))
+        return PartitionSpec(*parts)
+
+    def sharding(self, axes: Axes, shape: Sequence[int] | None = None) -> NamedSharding:
+        """The `NamedSharding` of `spec(axes, shape)` on this mesh."""
+        return NamedSharding(self.mesh, self.spec(axes, shape))
+
+    def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
+        """Pins the sharding of an activation inside `jax.jit`."""
+        return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape))
+
+    def kv_copies(self, num_heads: int, num_kv_heads: int) -> int:
+        """How often each kv head is repeated so that every tensor shard owns whole kv heads.
+
+        With K kv heads on a tensor axis of size t the activations hold lcm(K, t) kv heads: 1 copy where t divides K, and
+        t/K copies of each where K divides t.
+
+        Raises:
+            ValueError: N query heads cannot be split that way.
+        """
+        tensor = self.size("heads")
+        shared = math.lcm(num_kv_heads, tensor)
+        if num_heads % shared:
+            usable = [t for t in range(1, num_heads + 1) if num_heads % math.lcm(num_kv_heads, t) == 0]
+            raise ValueError(
+                f"{num_heads} query heads and {num_kv_heads} kv heads cannot be split over a tensor axis of {tensor}; "
+                f"it must be one of {', '.join(map(str, usable))}"
+            )
+        return shared // num_kv_heads
+
+    def _mesh_axes(self, axis: str) -> tuple[str, ...]:
+        if axis not in self.table:
+            raise ValueError(f"unknown logical axis {axis!r}; this layout knows {', '.join(sorted(self.table))}")
+        return self.table[axis]
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Builds the (data, fsdp, tensor) mesh.
+
+    Args:
+        config: Size of each axis.
+        devices: The devices to use, all by default; a mesh smaller than their number uses the first ones.
+
+    Raises:
+        ValueError: There are fewer devices than the mesh needs.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = (config.data, config.fsdp, config.tensor)
+    needed = math.prod(shape)
+    if needed > len(devices):
+        raise ValueError(
+            f"mesh data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} needs {needed} devices; "
+            f"{len(devices)} are present"
+        )
+    auto = (AxisType.Auto,) * len(MESH_AXES)
+    if needed == len(devices):  # lets jax order the devices along the machine's network
+        return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=auto)
+    return Mesh(np.asarray(devices[:needed]).reshape(shape), MESH_AXES, axis_types=auto)
+
+
+def train_layout(mesh: Mesh) -> Layout:
+    """The layout of training: weights cut by fsdp and tensor, rows by data and fsdp."""
+    return Layout(mesh, TRAIN)
+
+
+def decode_layout(mesh: Mesh) -> Layout:
+    """The layout of inference: weights cut by tensor only, one replica of the engine's rows a data shard."""
+    return Layout(mesh, DECODE)
