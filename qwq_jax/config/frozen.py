@@ -42,7 +42,9 @@ def _describe_one(details: ErrorDetails, known_keys: Sequence[str]) -> str:
         case "value_error":
             return f"{path}: {reason}" if path else reason
         case _:
-            reason = reason.replace("Input should be", "expected").replace(
-                "a valid dictionary or instance of", "a table of"
+            reason = (
+                reason.replace("Input should be", "expected")
+                .replace("a valid tuple", "a list")
+                .replace("a valid dictionary or instance of", "a table of")
             )
             return f"{path}: {reason}, got {details['input']!r}"

@@ -27,7 +27,8 @@ _HARMLESS = frozenset(
     dtype torch_dtype transformers_version use_cache initializer_range attention_dropout name_or_path _name_or_path
     attn_implementation _attn_implementation _attn_implementation_autoset _experts_implementation tokenizer_class
     model_max_length return_dict return_dict_in_generate output_attentions output_hidden_states output_scores
-    torchscript use_bfloat16 chunk_size_feed_forward problem_type id2label label2id finetuning_task task_specific_params prefix
+    torchscript use_bfloat16 chunk_size_feed_forward problem_type id2label label2id finetuning_task
+    task_specific_params prefix
     sep_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id min_length max_length do_sample
     early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty
     length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids suppress_tokens
