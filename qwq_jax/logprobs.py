@@ -1,7 +1,7 @@
 """Token log-probabilities and entropies from hidden states, without ever holding all logits.
 
-Logits of 32,768 tokens of a 152,064-word vocabulary are 20 GB in float32. Here a chunk of tokens at a time is projected,
-reduced and forgotten; the backward pass recomputes it.
+Logits of 32,768 tokens of a 152,064-word vocabulary are 20 GB in float32. Here a chunk of tokens at a time is
+projected, reduced and forgotten; the backward pass recomputes it.
 """
 
 import jax
@@ -35,8 +35,8 @@ def token_logprobs(
         logits = jnp.einsum("btd,vd->btv", h, head, preferred_element_type=jnp.float32) / temperature
         normaliser = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0]
-        mean = jnp.sum(jnp.exp(logits - normaliser[..., None]) * logits, axis=-1)
-        return chosen - normaliser, normaliser - mean
+        logp = logits - normaliser[..., None]
+        return chosen - normaliser, -jnp.sum(jnp.exp(logp) * logp, axis=-1)
 
     if padding + T == chunk:
         logprobs, entropy = part(hidden, targets)

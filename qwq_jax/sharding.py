@@ -1,7 +1,8 @@
 """Logical axes, and the two tables that map them to mesh axes.
 
-The model names the dimensions of its arrays (`"heads"`, `"mlp"`, ...) and knows nothing of meshes. A `Layout` is one mesh
-together with one table; it turns logical axes into `jax.sharding.NamedSharding`. No other module names a mesh axis.
+The model names the dimensions of its arrays (`"heads"`, `"mlp"`, ...) and knows nothing of meshes. A `Layout` is one
+mesh together with one table; it turns logical axes into `jax.sharding.NamedSharding`. No other module names a mesh
+axis.
 
 | logical axis | array dimension                     | TRAIN        | DECODE       |
 |--------------|-------------------------------------|--------------|--------------|
@@ -85,8 +86,8 @@ class Layout:
             if axis is not None and shape is not None and shape[index] % self.size(axis):
                 if axis not in REPLICABLE:
                     raise ValueError(
-                        f"a dimension of size {shape[index]} ({axis}) cannot be split over {self.size(axis)} devices of "
-                        f"the mesh axes {', '.join(names)}; choose a mesh whose size divides it"
+                        f"a dimension of size {shape[index]} ({axis}) cannot be split over {self.size(axis)} devices "
+                        f"of the mesh axes {', '.join(names)}; choose a mesh whose size divides it"
                     )
                 names = ()
             parts.append(names[0] if len(names) == 1 else (names or None))
@@ -103,8 +104,8 @@ class Layout:
     def kv_copies(self, num_heads: int, num_kv_heads: int) -> int:
         """How often each kv head is repeated so that every tensor shard owns whole kv heads.
 
-        With K kv heads on a tensor axis of size t the activations hold lcm(K, t) kv heads: 1 copy where t divides K, and
-        t/K copies of each where K divides t.
+        With K kv heads on a tensor axis of size t the activations hold lcm(K, t) kv heads: 1 copy where t divides K,
+        and t/K copies of each where K divides t.
 
         Raises:
             ValueError: N query heads cannot be split that way.

@@ -36,7 +36,8 @@ def bind(config: ModelConfig, params: Mapping[str, jax.Array], *, dtype: Any, re
         raise ValueError(f"these parameters are missing from the model or unknown to it: {', '.join(wrong[:5])}")
     paths = [path for path, _ in nnx.to_flat_state(state)]
     filled = [
-        (path, variable.replace(params[".".join(map(str, path))])) for path, variable in zip(paths, flat.values())
+        (path, variable.replace(params[".".join(map(str, path))]))
+        for path, variable in zip(paths, flat.values(), strict=True)
     ]
     return nnx.merge(graph, nnx.from_flat_state(filled))
 

@@ -1,7 +1,7 @@
 """Attention in plain jnp: the contract of every kernel beside it, and the path that a CPU takes.
 
-Scores, softmax and the weighted sum are float32 whatever the dtype of the inputs: attention over 131,072 keys in bfloat16
-loses the small probabilities that long reasoning lives on.
+Scores, softmax and the weighted sum are float32 whatever the dtype of the inputs: attention over 131,072 keys in
+bfloat16 loses the small probabilities that long reasoning lives on.
 """
 
 from typing import NamedTuple

@@ -1,0 +1,58 @@
+"""Layouts: what is cut, what is replicated on purpose, what is refused."""
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from qwq_jax.config.mesh import MeshConfig
+from qwq_jax.model.spec import model_spec
+from qwq_jax.sharding import decode_layout, make_mesh, train_layout
+
+
+def test_specs_of_a_weight():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    axes = ("embed", "heads", None)
+    assert train_layout(mesh).spec(axes, (64, 8, 16)) == P("fsdp", "tensor", None)
+    assert decode_layout(mesh).spec(axes, (64, 8, 16)) == P(None, "tensor", None)
+    assert train_layout(mesh).spec(("batch", None)) == P(("data", "fsdp"), None)
+
+
+def test_kv_heads_and_odd_vocabularies_are_replicated():
+    layout = decode_layout(make_mesh(MeshConfig(tensor=8)))
+    assert layout.spec(("embed", "kv_heads", None), (64, 2, 16)) == P(None, None, None)
+    assert layout.spec(("vocab", "embed"), (257, 64)) == P(None, None)
+    assert layout.spec(("vocab", "embed"), (256, 64)) == P("tensor", None)
+
+
+def test_a_dimension_that_must_divide_is_refused():
+    layout = decode_layout(make_mesh(MeshConfig(tensor=8)))
+    with pytest.raises(ValueError, match=r"size 12 \(mlp\) cannot be split over 8 devices of the mesh axes tensor"):
+        layout.spec(("embed", "mlp"), (64, 12))
+    with pytest.raises(ValueError, match="unknown logical axis 'width'"):
+        layout.spec(("width",))
+
+
+@pytest.mark.parametrize(("N", "K", "tensor", "copies"), [(40, 8, 8, 1), (8, 2, 8, 4), (14, 2, 2, 1), (16, 2, 4, 2)])
+def test_kv_copies(N, K, tensor, copies):
+    assert decode_layout(make_mesh(MeshConfig(tensor=tensor))).kv_copies(N, K) == copies
+
+
+def test_heads_that_cannot_be_split_are_refused_with_the_choices():
+    with pytest.raises(ValueError, match="14 query heads and 2 kv heads .* axis of 8; it must be one of 1, 2, 7, 14"):
+        decode_layout(make_mesh(MeshConfig(tensor=8))).kv_copies(14, 2)
+
+
+def test_a_mesh_larger_than_the_machine_is_refused():
+    with pytest.raises(ValueError, match="data=4 x fsdp=1 x tensor=4 needs 16 devices; 8 are present"):
+        make_mesh(MeshConfig(data=4, tensor=4))
+
+
+def test_a_smaller_mesh_uses_the_first_devices():
+    assert make_mesh(MeshConfig(tensor=2)).devices.ravel().tolist() == jax.devices()[:2]
+
+
+def test_every_parameter_has_a_place_on_every_mesh(tiny_config):
+    for tensor in (1, 2, 4, 8):
+        layout = decode_layout(make_mesh(MeshConfig(tensor=tensor)))
+        for array in model_spec(tiny_config).values():
+            layout.sharding(array.axes, array.shape)
