@@ -1,0 +1,201 @@
+"""The command line: parse, load the config, call one job.
+
+Exit codes: 0 done; 2 bad input, told in one sentence; 42 interrupted with everything saved, run it again; 1 otherwise.
+
+Each verb imports its job inside its function. Nowhere else does this package import late; here it keeps ``--help`` and
+every mistyped option from waiting for JAX to load.
+"""
+
+import errno
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from qwq_jax import __version__
+from qwq_jax.config.inference import InferenceConfig
+from qwq_jax.config.load import build, load_toml
+from qwq_jax.config.train import SftConfig
+from qwq_jax.interrupt import Interrupted
+
+EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 42
+
+# What the user can put right: no room, no permission, no such place.
+_USERS_ERRORS = frozenset(
+    {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.EEXIST,
+        errno.EFBIG,
+    }
+)
+
+app = typer.Typer(
+    name="qwq-jax",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be given many times.")
+]
+SimulateDevices = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Run on the CPU as if it were N devices.")
+]
+Distributed = Annotated[bool, typer.Option("--distributed", help="Join the other processes of a multi-host run.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    try:
+        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+    except typer.TyperException as error:
+        error.show()
+        return EXIT_BAD_INPUT
+    except typer.Abort:
+        return EXIT_FAILED
+    except Interrupted as stop:
+        print(f"interrupted: {stop}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except OSError as error:
+        if error.errno not in _USERS_ERRORS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    # A verb returns nothing; typer answers Ctrl-C with a code of its own.
+    return EXIT_FAILED if code else EXIT_DONE
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """QwQ-32B and the Qwen2 family in JAX: convert, answer in batch, fine-tune, hand back."""
+
+
+@app.command(epilog="Example: `qwq-jax convert Qwen/QwQ-32B gs://bucket/qwq-32b`")
+def convert(
+    source: Annotated[str, typer.Argument(help="Hugging Face directory, local or gs://, or hub id.")],
+    dest: Annotated[str, typer.Argument(help="Checkpoint directory to write, local or gs://.")],
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None, typer.Option(help="Store weights as this; their own type otherwise.")
+    ] = None,
+    allow_nan: Annotated[bool, typer.Option("--allow-nan", help="Accept weights that are NaN or infinite.")] = False,
+    low_disk: Annotated[bool, typer.Option("--low-disk", help="Delete each downloaded shard after use.")] = False,
+) -> None:
+    """Turn a Hugging Face model into an Orbax checkpoint, tensor by tensor; the same command goes on after a stop."""
+    from qwq_jax import runtime
+    from qwq_jax.jobs import convert as job
+
+    runtime.start()
+    job.convert(source, dest, dtype=dtype, allow_nan=allow_nan, low_disk=low_disk)
+
+
+@app.command(epilog="Example: `qwq-jax export runs/sft/best exported`")
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint directory, local or gs://.")],
+    dest: Annotated[str, typer.Argument(help="Hugging Face directory to write.")],
+) -> None:
+    """Turn an Orbax checkpoint back into a Hugging Face model directory."""
+    from qwq_jax import runtime
+    from qwq_jax.jobs import export as job
+
+    runtime.start()
+    job.export(checkpoint, dest)
+
+
+@app.command(
+    epilog="Example: `qwq-jax generate qwq-32b --input prompts.jsonl --output answers.jsonl --set mesh.tensor=8`"
+)
+def generate(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint directory, local or gs://.")],
+    input: Annotated[Path, typer.Option(help="JSONL of requests: OpenAI batch lines or the short forms.")],
+    output: Annotated[Path, typer.Option(help="JSONL of answers; lines already in it are not served again.")],
+    overrides: Set = None,
+    simulate_devices: SimulateDevices = None,
+    distributed: Distributed = False,
+) -> None:
+    """Answer a file of requests; the same command goes on after a stop. Settings are `engine.*` and `mesh.*`."""
+    from qwq_jax import runtime
+    from qwq_jax.jobs import generate as job
+
+    runtime.start(simulate_devices=simulate_devices, distributed=distributed)
+    config = _inference_config(overrides, runtime.default_compute_dtype())
+    job.generate(checkpoint, input, output, engine=config.engine, mesh=config.mesh)
+
+
+@app.command(epilog="Example: `qwq-jax chat qwq-32b --set mesh.tensor=8`")
+def chat(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint directory, local or gs://.")],
+    overrides: Set = None,
+    simulate_devices: SimulateDevices = None,
+) -> None:
+    """Talk to a model in the terminal, its thinking dimmed. Settings are `engine.*` and `mesh.*`."""
+    from qwq_jax import runtime
+    from qwq_jax.jobs import chat as job
+
+    runtime.start(simulate_devices=simulate_devices)
+    config = _inference_config(overrides, runtime.default_compute_dtype())
+    job.chat(checkpoint, engine=config.engine, mesh=config.mesh)
+
+
+@app.command(epilog="Example: `qwq-jax sft configs/sft/tiny-reasoner.toml --set optimizer.learning_rate=1e-4`")
+def sft(
+    config: Annotated[Path, typer.Argument(help="TOML file of the run.")],
+    overrides: Set = None,
+    simulate_devices: SimulateDevices = None,
+    distributed: Distributed = False,
+) -> None:
+    """Fine-tune on conversations; the same command goes on after a stop."""
+    settings = load_toml(config, SftConfig, overrides or ())
+
+    from qwq_jax import runtime
+    from qwq_jax.jobs import sft as job
+
+    runtime.start(simulate_devices=simulate_devices, distributed=distributed)
+    job.sft(settings)
+
+
+@app.command(epilog="Example: `qwq-jax demo --output out/demo`")
+def demo(
+    output: Annotated[Path, typer.Option(help="Directory for everything the demo makes.")] = Path("out/demo"),
+    simulate_devices: SimulateDevices = 8,
+) -> None:
+    """Show the whole story on the embedded tiny model: convert, answer on a mesh, score, export."""
+    from qwq_jax import runtime
+    from qwq_jax.jobs import demo as job
+
+    runtime.start(simulate_devices=simulate_devices)
+    job.demo(output)
+
+
+def _inference_config(overrides: Sequence[str] | None, compute_dtype: str) -> InferenceConfig:
+    defaults: dict[str, Any] = {"engine": {"compute_dtype": compute_dtype}}
+    return build(InferenceConfig, defaults, overrides or (), source="settings")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

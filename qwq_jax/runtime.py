@@ -1,0 +1,91 @@
+"""What a process does once, before its first computation. The only reader of the environment.
+
+Nothing here happens at import: a job calls `start` first.
+"""
+
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from qwq_jax.interrupt import Interrupted, StopRequested
+
+__all__ = ["Interrupted", "StopRequested", "default_compute_dtype", "log_to_stderr", "start"]
+
+_DEVICE_COUNT_FLAG = re.compile(r"--xla_force_host_platform_device_count=\d+\s*")
+# Faster compilations are cheaper to repeat than to look up.
+_WORTH_CACHING_SECONDS = 0.5
+
+
+def start(*, simulate_devices: int | None = None, distributed: bool = False) -> None:
+    """Prepares JAX: platform, processes, compile cache, log.
+
+    Args:
+        simulate_devices: Run on the CPU, as if it were this many devices.
+        distributed: Join the other processes of a multi-host run. A TPU pod knows them; elsewhere the environment
+            names them: ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``.
+
+    Raises:
+        ValueError: The processes or the devices cannot be set up as asked.
+    """
+    if simulate_devices is not None:
+        _simulate(simulate_devices)
+    if distributed:
+        _join_processes()
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(_cache_directory() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_CACHING_SECONDS)
+    log_to_stderr()
+
+
+def default_compute_dtype() -> Literal["float32", "bfloat16"]:
+    """bfloat16, except on the CPU, which has no arithmetic for it. Starts the JAX backend."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def log_to_stderr() -> None:
+    """Shows this package's log from `INFO` and everybody else's from `WARNING`, each line with its process if many."""
+    process = f" p{jax.process_index()}" if jax.distributed.is_initialized() else ""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s{process} %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("qwq_jax").setLevel(logging.INFO)
+
+
+def _simulate(devices: int) -> None:
+    if devices < 1:
+        raise ValueError(f"--simulate-devices {devices}: expected at least 1")
+    # The older way to ask for the same would contradict it.
+    os.environ["XLA_FLAGS"] = _DEVICE_COUNT_FLAG.sub("", os.environ.get("XLA_FLAGS", ""))
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", devices)
+    except RuntimeError:
+        # The backend already runs: fine if it is what was asked for.
+        if jax.default_backend() != "cpu" or jax.device_count() < devices:
+            raise ValueError(f"--simulate-devices {devices}: JAX has already started with other devices") from None
+
+
+def _join_processes() -> None:
+    address, count, index = (
+        os.environ.get(name) for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    )
+    if (count is None) != (index is None):
+        raise ValueError("JAX_NUM_PROCESSES and JAX_PROCESS_ID go together, and only one of them is set")
+    for name, value in (("JAX_NUM_PROCESSES", count), ("JAX_PROCESS_ID", index)):
+        if value is not None and not value.isdecimal():
+            raise ValueError(f"{name} {value!r} is not a number")
+    jax.distributed.initialize(
+        coordinator_address=address,
+        num_processes=None if count is None else int(count),
+        process_id=None if index is None else int(index),
+    )
+
+
+def _cache_directory() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "qwq_jax"

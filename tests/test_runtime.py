@@ -1,0 +1,70 @@
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from qwq_jax import runtime
+from qwq_jax.interrupt import StopRequested
+
+
+def run(code, **environment):
+    # A user's environment, not that of the tests.
+    ours = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+    inherited = {name: value for name, value in os.environ.items() if name not in ours}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=inherited | environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_stop_is_noted_and_signals_are_given_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequested() as stop:
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_second_ctrl_c_is_meant():
+    with StopRequested() as stop, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop()
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("flags", ["", "--xla_force_host_platform_device_count=2"])
+def test_devices_are_simulated_whatever_the_environment_says(flags, tmp_path):
+    code = "from qwq_jax import runtime; runtime.start(simulate_devices=5); import jax; print(jax.device_count())"
+    result = run(code, XLA_FLAGS=flags, XDG_CACHE_HOME=str(tmp_path))
+    assert result.stdout == "5\n", result.stderr
+
+
+def test_devices_of_a_running_backend_are_enough_or_refused():
+    runtime_code = "import jax; jax.devices(); from qwq_jax import runtime; runtime.start(simulate_devices={})"
+    flags = "--xla_force_host_platform_device_count=2"
+    assert run(runtime_code.format(2), XLA_FLAGS=flags).returncode == 0
+    refused = run(runtime_code.format(3), XLA_FLAGS=flags)
+    assert "ValueError: --simulate-devices 3: JAX has already started" in refused.stderr
+
+
+def test_compile_cache_has_a_home(tmp_path):
+    code = "from qwq_jax import runtime; runtime.start(); import jax; print(jax.config.jax_compilation_cache_dir)"
+    result = run(code, XDG_CACHE_HOME=str(tmp_path))
+    assert result.stdout.strip() == str(tmp_path / "qwq_jax" / "xla"), result.stderr
+
+
+def test_processes_are_named_in_full(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.delenv("JAX_PROCESS_ID", raising=False)
+    with pytest.raises(ValueError, match="go together"):
+        runtime.start(distributed=True)
+    monkeypatch.setenv("JAX_PROCESS_ID", "first")
+    with pytest.raises(ValueError, match="JAX_PROCESS_ID 'first' is not a number"):
+        runtime.start(distributed=True)
+
+
+def test_cpu_computes_in_float32():
+    assert runtime.default_compute_dtype() == "float32"
