@@ -1,0 +1,1 @@
+"""Verifiers and the problems they mark: plain Python, no JAX."""
