@@ -1,0 +1,74 @@
+"""The manifest: what a checkpoint holds and which bytes it came from."""
+
+from pydantic import NonNegativeInt, PositiveInt, ValidationError
+
+from qwq_jax.config.frozen import Frozen
+from qwq_jax.config.model import ModelConfig
+
+FORMAT_VERSION = 1
+
+
+class TensorRecord(Frozen):
+    """One finished parameter.
+
+    Attributes:
+        path: Dotted parameter path.
+        shape: Shape of the parameter.
+        dtype: Dtype it is stored in, such as ``"bfloat16"``.
+        source: Name of the Hugging Face tensor.
+        source_dtype: Dtype of the Hugging Face tensor.
+        sha256: Hash of the bytes of the Hugging Face tensor; ``None`` for weights that came from training.
+    """
+
+    path: str
+    shape: tuple[NonNegativeInt, ...]
+    dtype: str
+    source: str
+    source_dtype: str
+    sha256: str | None = None
+
+    @property
+    def is_verbatim(self) -> bool:
+        """Whether the stored values have the very bytes that `sha256` is of."""
+        return self.sha256 is not None and self.dtype == self.source_dtype
+
+
+class Manifest(Frozen):
+    """What ``manifest.json`` holds.
+
+    Attributes:
+        format_version: Version of the layout on disk.
+        identity: Hash of all that decides the contents: the source's files, the settings.
+        origin: Where the weights came from, for people.
+        config: The architecture.
+        files: Names of the files carried along verbatim (config.json, tokenizer, ...).
+        tensors: One record a parameter, in Hugging Face's order.
+    """
+
+    format_version: PositiveInt = FORMAT_VERSION
+    identity: str
+    origin: str
+    config: ModelConfig
+    files: tuple[str, ...]
+    tensors: tuple[TensorRecord, ...]
+
+    def to_json(self) -> bytes:
+        """The contents of ``manifest.json``; equal manifests give equal bytes."""
+        return (self.model_dump_json(indent=1) + "\n").encode()
+
+
+def read_manifest(data: bytes, where: str) -> Manifest:
+    """Parses ``manifest.json``.
+
+    Raises:
+        ValueError: It is damaged, or of a version that this program does not know.
+    """
+    try:
+        manifest = Manifest.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "the file"
+        raise ValueError(f"{where} is not a manifest of this program: {field}: {first['msg']}") from None
+    if manifest.format_version != FORMAT_VERSION:
+        raise ValueError(f"{where} has format version {manifest.format_version}, this program reads {FORMAT_VERSION}")
+    return manifest

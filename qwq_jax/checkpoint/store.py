@@ -1,0 +1,354 @@
+"""Checkpoints on disk: one Orbax array a layer parameter, written one by one, resumable, committed last.
+
+::
+
+    CHECKPOINT/
+      config.json ...      companions of the weights, verbatim
+      manifest.json        shape, dtype and source hash of each tensor
+      params/              a plain Orbax checkpoint (zarr3); Orbax alone can restore it
+        layers.0.attention.q_kernel/ ...
+      partial/             only while unfinished: identity.json, and a record of each finished tensor
+      COMMITTED            hash of the manifest; without it this is no checkpoint
+
+A tensor is finished when its record exists, and its record is written when its bytes are durable. Orbax itself saves a
+tree at once under a temporary name and starts over after a crash; writing its (documented, stable) files array by array
+through tensorstore is what makes a conversion resumable and its memory independent of the number of layers.
+
+Each array lies in shards (files, objects) of at most about 64 MiB, which hold chunks that a device of a mesh with up to
+16 parts an axis can read by byte range, without its neighbours' bytes. Chunks carry a checksum and are not compressed:
+bf16 weights hardly shrink.
+"""
+
+import hashlib
+import json
+import math
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from typing import Any
+
+import jax
+import ml_dtypes  # noqa: F401 (lets numpy know "bfloat16")
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from qwq_jax.checkpoint.directory import Directory, LocalDirectory, explained, open_directory
+from qwq_jax.checkpoint.manifest import Manifest, TensorRecord, read_manifest
+from qwq_jax.config.model import ModelConfig
+from qwq_jax.model.spec import ArraySpec, model_spec
+from qwq_jax.sharding import Layout
+
+MARKER = "COMMITTED"
+MANIFEST = "manifest.json"
+PARAMS = "params"
+PARTIAL = "partial"
+_IDENTITY = f"{PARTIAL}/identity.json"
+_SHARD_BYTES = 64 << 20
+_CHUNK_BYTES = 256 << 10
+_PARTS = (16, 8, 4, 2)
+
+
+def chunk_grid(spec: ArraySpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of a shard (one file) and of the chunks in it.
+
+    Example:
+        A bf16 gate kernel [5120, 27648] with axes (embed, mlp) has chunks of [320, 1728] in shards of [1280, 27648].
+    """
+    itemsize = np.dtype(spec.dtype).itemsize
+    chunk = list(spec.shape)
+    named = [i for i, axis in enumerate(spec.axes) if axis is not None]
+    for i in sorted(named, key=lambda i: spec.axes[i] == "embed"):
+        size = math.prod(chunk) * itemsize
+        chunk[i] //= next((p for p in _PARTS if chunk[i] % p == 0 and size // p >= _CHUNK_BYTES), 1)
+    shard = list(spec.shape)
+    for i, whole in enumerate(spec.shape):
+        size, pieces = math.prod(shard) * itemsize, whole // max(chunk[i], 1)
+        fitting = (k for k in range(1, pieces + 1) if pieces % k == 0 and size <= k * _SHARD_BYTES)
+        shard[i] //= next(fitting, max(pieces, 1))
+    return tuple(shard), tuple(chunk)
+
+
+class CheckpointWriter:
+    """Writes a checkpoint tensor by tensor; a second one with the same identity goes on where the first was killed.
+
+    `write` may be called from several threads, for different tensors.
+
+    Args:
+        dest: Local directory or ``gs://`` address: absent, empty, or left unfinished by the same job.
+        spec: Every parameter.
+        identity: Hash of all that decides the contents.
+        origin: Where the weights come from, for people.
+
+    Raises:
+        ValueError: `dest` holds something else, or cannot be written to.
+    """
+
+    def __init__(self, dest: str, spec: Mapping[str, ArraySpec], *, identity: str, origin: str):
+        self.spec = dict(spec)
+        self.identity = identity
+        self.origin = origin
+        self.directory = open_directory(dest)
+        self.is_committed = False
+        self.finished: dict[str, TensorRecord] = {}
+        with explained(f"cannot write {dest}"):
+            self._claim()
+
+    def _claim(self) -> None:
+        children = self.directory.children()
+        if not children - {PARTIAL} and not self._read_optional(_IDENTITY):
+            claim = {"identity": self.identity, "origin": self.origin}
+            self.directory.write(_IDENTITY, json.dumps(claim).encode())
+            return
+        dest = self.directory.path
+        manifest = self._read_optional(MANIFEST) if MARKER in children or PARAMS in children else None
+        if manifest is not None:
+            found = read_manifest(manifest, f"{dest}/{MANIFEST}")
+            identity, origin, records = found.identity, found.origin, found.tensors
+        elif claim := self._read_optional(_IDENTITY):
+            found = json.loads(claim)
+            identity, origin, records = found["identity"], found["origin"], self._partial_records()
+        else:
+            raise ValueError(f"{dest} holds something else; give an empty or new directory")
+        if identity != self.identity:
+            state = "a checkpoint" if MARKER in children else "an unfinished checkpoint"
+            raise ValueError(
+                f"{dest} holds {state} of {origin} with other files or settings; delete it or give another directory"
+            )
+        self.is_committed = MARKER in children
+        self.finished = {record.path: record for record in records}
+
+    def _read_optional(self, name: str) -> bytes | None:
+        try:
+            return self.directory.read(name)
+        except FileNotFoundError:
+            return None
+
+    def _partial_records(self) -> list[TensorRecord]:
+        folder = open_directory(f"{self.directory.path}/{PARTIAL}")
+        names = [name for name in folder.sizes() if name.endswith(".json") and f"{PARTIAL}/{name}" != _IDENTITY]
+        return [TensorRecord.model_validate_json(folder.read(name)) for name in sorted(names)]
+
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes of the tensors that are still to be written."""
+        todo = (s for name, s in self.spec.items() if name not in self.finished)
+        return sum(math.prod(s.shape) * np.dtype(s.dtype).itemsize for s in todo)
+
+    def write(self, array: np.ndarray, record: TensorRecord) -> None:
+        """Writes one parameter durably, converting to the dtype of its spec; then it is finished.
+
+        Args:
+            array: Any numpy array or view of the parameter's shape.
+            record: What the manifest will say of it.
+
+        Raises:
+            ValueError: The disk is full or fails; whatever was written of this tensor is removed.
+        """
+        spec = self.spec[record.path]
+        assert array.shape == spec.shape, (record.path, array.shape, spec.shape)
+        folder = f"{PARAMS}/{record.path}"
+        with explained(f"cannot write {self.directory.path}/{folder}"):
+            self.directory.delete(folder)
+            try:
+                with _os_errors():
+                    _write_array(f"{self.directory.path}/{folder}", spec, array)
+                self.directory.sync(folder)
+                self.directory.write(f"{PARTIAL}/{record.path}.json", record.model_dump_json().encode())
+            except BaseException:
+                self.directory.delete(folder)
+                raise
+        self.finished[record.path] = record
+
+    def abandon(self) -> None:
+        """Removes everything of an unfinished checkpoint."""
+        assert not self.is_committed
+        with explained(f"cannot delete {self.directory.path}"):
+            for name in (PARAMS, PARTIAL):
+                self.directory.delete(name)
+            self.directory.remove_if_empty()
+
+    def commit(self, config: ModelConfig, files: Mapping[str, bytes]) -> Manifest:
+        """Writes companions, manifest and Orbax's metadata, then the marker.
+
+        Args:
+            config: The architecture.
+            files: Companions by name.
+        """
+        missing = self.spec.keys() - self.finished.keys()
+        assert not missing, sorted(missing)[:3]
+        records = tuple(self.finished[name] for name in self.spec)
+        manifest = Manifest(
+            identity=self.identity, origin=self.origin, config=config, files=tuple(files), tensors=records
+        )
+        contents = manifest.to_json()
+        with explained(f"cannot write {self.directory.path}"):
+            for name, data in {**files, **_orbax_metadata(self.spec), MANIFEST: contents}.items():
+                self.directory.write(name, data)
+            self.directory.delete(PARTIAL)
+            self.directory.write(MARKER, hashlib.sha256(contents).hexdigest().encode())
+        self.is_committed = True
+        return manifest
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A finished checkpoint.
+
+    Attributes:
+        path: Where it is.
+        manifest: What it holds.
+        directory: For its small files.
+    """
+
+    path: str
+    manifest: Manifest
+    directory: Directory
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture."""
+        return self.manifest.config
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What the embedding, and commonly everything, is stored in."""
+        return np.dtype(self.manifest.tensors[0].dtype)
+
+    @cached_property
+    def spec(self) -> dict[str, ArraySpec]:
+        """Every parameter with the dtype it is stored in."""
+        stored = {record.path: np.dtype(record.dtype) for record in self.manifest.tensors}
+        model = model_spec(self.config)
+        return {name: ArraySpec(spec.shape, stored[name], spec.axes) for name, spec in model.items()}
+
+    @cached_property
+    def tokenizer_dir(self) -> str:
+        """A local directory with the companion files: the checkpoint itself, or a temporary copy of a bucket's."""
+        if isinstance(self.directory, LocalDirectory):
+            return self.path
+        copy = LocalDirectory(tempfile.mkdtemp(prefix="qwq-jax-"))
+        for name in self.manifest.files:
+            copy.write(name, self.directory.read(name))
+        return copy.path
+
+
+def open_checkpoint(path: str) -> Checkpoint:
+    """Opens a finished checkpoint, local or ``gs://``.
+
+    Raises:
+        ValueError: There is none, or it was never finished, or it is damaged.
+    """
+    directory = open_directory(path)
+    with explained(f"cannot read {path}"):
+        children = directory.children()
+        if MARKER not in children:
+            unfinished = PARTIAL in children or MANIFEST in children
+            cause = "its conversion never finished; run the same command again" if unfinished else f"it has no {MARKER}"
+            raise ValueError(f"{path} is not a checkpoint: {cause}")
+        contents = directory.read(MANIFEST)
+        if hashlib.sha256(contents).hexdigest().encode() != directory.read(MARKER).strip():
+            raise ValueError(f"{path}/{MANIFEST} is damaged: it is not the one that was committed")
+        return Checkpoint(path, read_manifest(contents, f"{path}/{MANIFEST}"), directory)
+
+
+def restore_params(checkpoint: Checkpoint, layout: Layout | None, dtype: Any = None) -> dict[str, jax.Array]:
+    """Restores every parameter straight onto its shards; a process reads only the chunks its devices hold.
+
+    Args:
+        checkpoint: From `open_checkpoint`.
+        layout: Mesh and table; ``None`` puts all on the first device.
+        dtype: Convert to this; ``None`` keeps what is stored.
+    """
+    single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = {}
+    for name, spec in checkpoint.spec.items():
+        sharding = single if layout is None else layout.sharding(spec.axes, spec.shape)
+        abstract[name] = jax.ShapeDtypeStruct(spec.shape, np.dtype(dtype or spec.dtype), sharding=sharding)
+    largest = max(math.prod(s.shape) * s.dtype.itemsize for s in abstract.values())
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=4 + 2 * largest // 10**9)
+    arguments = ocp.args.PyTreeRestore(
+        item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
+    )
+    with ocp.Checkpointer(handler) as checkpointer, _os_errors(), explained(f"cannot read {checkpoint.path}"):
+        return checkpointer.restore(f"{checkpoint.path}/{PARAMS}", args=arguments)
+
+
+def read_param(checkpoint: Checkpoint, name: str, order: Sequence[int] | None = None) -> np.ndarray:
+    """Reads one parameter into host memory.
+
+    Args:
+        checkpoint: From `open_checkpoint`.
+        name: Dotted path.
+        order: Permute the dimensions so on the way, which is faster than afterwards; the result is C-contiguous.
+    """
+    folder = f"{checkpoint.path}/{PARAMS}/{name}"
+    with explained(f"cannot read {folder}"), _os_errors():
+        store = ts.open({"driver": "zarr3", "kvstore": _kvstore(folder)}, open=True).result()
+        view = store if order is None else store.transpose(list(order))
+        return view.read(order="C").result()
+
+
+def _kvstore(path: str) -> dict[str, Any]:
+    if path.startswith("gs://"):
+        bucket, _, prefix = path.removeprefix("gs://").partition("/")
+        return {"driver": "gcs", "bucket": bucket, "path": f"{prefix}/"}
+    return {"driver": "file", "path": f"{path}/"}
+
+
+def _write_array(path: str, spec: ArraySpec, array: np.ndarray) -> None:
+    shard, chunk = chunk_grid(spec)
+    little = {"name": "bytes", "configuration": {"endian": "little"}}
+    checked = [little, {"name": "crc32c"}]
+    sharding = {"chunk_shape": chunk, "codecs": checked, "index_codecs": checked}
+    metadata = {
+        "shape": spec.shape,
+        "data_type": np.dtype(spec.dtype).name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "fill_value": 0.0,
+    }
+    described = {"driver": "zarr3", "kvstore": _kvstore(path), "metadata": metadata}
+    store = ts.open(described | {"store_data_equal_to_fill_value": True}, create=True).result()
+    for box in _boxes(spec.shape, shard):  # one shard at a time: a writer holds no more than one in memory
+        store[box].write(np.asarray(array[box], dtype=spec.dtype)).result()
+
+
+def _boxes(shape: Sequence[int], shard: Sequence[int]) -> Iterator[tuple[slice, ...]]:
+    starts = (range(0, whole, part) for whole, part in zip(shape, shard, strict=True))
+    for corner in product(*starts):
+        yield tuple(slice(a, a + part) for a, part in zip(corner, shard, strict=True))
+
+
+def _orbax_metadata(spec: Mapping[str, ArraySpec]) -> dict[str, bytes]:
+    """The files with which `params/` is a checkpoint of a flat dict to Orbax."""
+    tree, arrays = {}, []
+    for name, array in spec.items():
+        value = {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": list(array.shape)}
+        tree[str((name,))] = {"key_metadata": [{"key": name, "key_type": 2}], "value_metadata": value}
+        shapes = {"write_shape": list(array.shape), "chunk_shape": list(chunk_grid(array)[0])}
+        arrays.append({"array_metadata": {"param_name": name, **shapes, "ext_metadata": None}})
+    handler = f"{ocp.PyTreeCheckpointHandler.__module__}.{ocp.PyTreeCheckpointHandler.__qualname__}"
+    formats = {"use_ocdbt": False, "use_zarr3": True, "store_array_data_equal_to_fill_value": True}
+    files = {
+        "array_metadatas/process_0": {"array_metadatas": arrays},
+        "_CHECKPOINT_METADATA": {"item_handlers": handler, "metrics": {}, "custom_metadata": {}},
+        "_METADATA": {"tree_metadata": tree, **formats, "custom_metadata": None},
+    }
+    return {f"{PARAMS}/{name}": json.dumps(value).encode() for name, value in files.items()}
+
+
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """A full disk comes from tensorstore as a ValueError with the system's error number in its text."""
+    try:
+        yield
+    except ValueError as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise ValueError(str(error).split("[source locations")[0].split("[tensorstore_spec")[0].strip()) from error
+        raise OSError(int(code[1]), str(error)) from error

@@ -1,0 +1,269 @@
+"""`qwq-jax convert`: a Hugging Face checkpoint becomes an Orbax checkpoint, in bounded memory, resumably.
+
+One thread reads tensors in the order of the source's files, another hashes them, a few write. A budget of bytes keeps
+what is in flight below twice the largest tensor, however many layers there are.
+"""
+
+import hashlib
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from qwq_jax.checkpoint.directory import explained
+from qwq_jax.checkpoint.huggingface import Source, TensorInfo, has_nonfinite, open_source
+from qwq_jax.checkpoint.manifest import TensorRecord
+from qwq_jax.checkpoint.names import EMBEDDING, TIED_HEAD, NamePair, check_leaves, match_tensors
+from qwq_jax.checkpoint.store import CheckpointWriter
+from qwq_jax.config.model import ModelConfig
+from qwq_jax.model.spec import ArraySpec, model_spec
+
+WRITERS = 3
+_PIECE = 8 << 20
+_DTYPES = {"bfloat16": "bfloat16", "float32": "float32", "float16": "float16"}
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What a conversion did.
+
+    Attributes:
+        tensors: Parameters of the checkpoint.
+        written: Parameters that this run wrote; fewer when it resumed.
+        nbytes: Bytes this run read.
+        seconds: Wall time.
+    """
+
+    tensors: int
+    written: int
+    nbytes: int
+    seconds: float
+
+    @property
+    def sentence(self) -> str:
+        """For the terminal."""
+        if not self.written:
+            return f"nothing to do: all {self.tensors} tensors were already there"
+        resumed = f", {self.tensors - self.written} were already there" if self.written < self.tensors else ""
+        rate = self.nbytes / max(self.seconds, 1e-9) / 1e6
+        return (
+            f"{self.written} of {self.tensors} tensors written{resumed}: {self.nbytes / 1e9:.2f} GB in "
+            f"{self.seconds:.1f} s ({rate:.0f} MB/s)"
+        )
+
+
+def convert(
+    source: str, dest: str, *, dtype: str | None = None, allow_nan: bool = False, low_disk: bool = False
+) -> ConvertReport:
+    """Converts a Hugging Face checkpoint; the same call goes on where a killed one stopped.
+
+    Args:
+        source: Local directory, ``gs://`` address or hub id.
+        dest: Local directory or ``gs://`` address: new, empty, or left unfinished by the same call.
+        dtype: Store as ``"bfloat16"``, ``"float32"`` or ``"float16"``; ``None`` keeps each tensor's own, bit for bit.
+        allow_nan: Accept weights with NaN or infinity.
+        low_disk: Of a hub id, delete each downloaded file after use.
+
+    Raises:
+        ValueError: Bad input or a failing disk, in one sentence.
+    """
+    started = time.monotonic()
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype {dtype!r} should be one of {', '.join(_DTYPES)}")
+    with explained(f"cannot read {source}"):
+        opened = open_source(source, low_disk=low_disk)
+        identity = hashlib.sha256(f"{opened.fingerprint} {dtype}".encode()).hexdigest()
+    config = _read_config(opened)
+    shapes = {tensor.name: tensor.shape for tensor in opened.tensors.values()}
+    table = match_tensors(config, shapes, opened.directory.path)
+    spec = _destination_spec(config, table, opened.tensors, dtype)
+    if config.tie_word_embeddings and TIED_HEAD in opened.tensors:
+        _check_tied_head(opened)
+    writer = CheckpointWriter(dest, spec, identity=identity, origin=source)
+    if writer.is_committed:
+        return ConvertReport(len(spec), 0, 0, time.monotonic() - started)
+    todo = _in_file_order(table, opened.tensors, writer.finished)
+    total = sum(info.nbytes for _, info in todo)
+    try:
+        _check_space(writer)
+        with progress_bar() as progress:
+            task = progress.add_task("converting", total=total)
+            _Pipeline(opened, writer, allow_nan=allow_nan, progress=progress, task=task).run(todo)
+        with explained(f"cannot read {source}"):
+            files = {name: opened.directory.read(name) for name in opened.companions}
+        writer.commit(config, files)
+    except NonFiniteError:
+        writer.abandon()
+        raise
+    except ValueError as error:
+        if not writer.finished:
+            writer.abandon()
+            raise
+        raise ValueError(
+            f"{error}; {len(writer.finished)} tensors are kept, the same command goes on from there"
+        ) from error
+    return ConvertReport(len(spec), len(todo), total, time.monotonic() - started)
+
+
+def _read_config(source: Source) -> ModelConfig:
+    try:
+        return ModelConfig.from_huggingface(source.config, source.generation_config)
+    except ValueError as error:
+        raise ValueError(f"{source.directory.path}/config.json: {error}") from None
+
+
+def _destination_spec(
+    config: ModelConfig, table: tuple[NamePair, ...], tensors: Mapping[str, TensorInfo], dtype: str | None
+) -> dict[str, ArraySpec]:
+    model = model_spec(config)
+    check_leaves(table, {path: spec.shape for path, spec in model.items()})
+    return {
+        row.path: ArraySpec(row.shape, np.dtype(dtype or tensors[row.source].dtype), model[row.path].axes)
+        for row in table
+    }
+
+
+def _check_tied_head(source: Source) -> None:
+    """A tied checkpoint may repeat the embedding as its head; transformers would not tie a head that differs."""
+    hashes = []
+    for name in (EMBEDDING, TIED_HEAD):
+        info, digest = source.tensors[name], hashlib.sha256(str(source.tensors[name].dtype).encode())
+        source.directory.fetch(info.file)
+        for start in range(info.start, info.stop, _PIECE):
+            piece = bytearray(min(_PIECE, info.stop - start))
+            source.directory.read_into(info.file, start, memoryview(piece))
+            digest.update(piece)
+        hashes.append(digest.digest())
+    if hashes[0] != hashes[1]:
+        raise ValueError(
+            f"{source.locate(TIED_HEAD)} differs from {EMBEDDING}, though config.json says tie_word_embeddings: true"
+        )
+
+
+def _check_space(writer: CheckpointWriter) -> None:
+    free, needed = writer.directory.free_bytes(), writer.missing_bytes
+    if free is not None and free < needed:
+        raise ValueError(
+            f"cannot write {writer.directory.path}: {needed} bytes are needed and only {free} are free on the device"
+        )
+
+
+def _in_file_order(
+    table: tuple[NamePair, ...], tensors: Mapping[str, TensorInfo], finished: Mapping[str, TensorRecord]
+) -> list[tuple[NamePair, TensorInfo]]:
+    todo = [(row, tensors[row.source]) for row in table if row.path not in finished]
+    return sorted(todo, key=lambda pair: (pair[1].file, pair[1].start))
+
+
+def progress_bar() -> Progress:
+    """Bytes, bytes a second, time left."""
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    )
+
+
+class NonFiniteError(ValueError):
+    """A weight is NaN or infinite."""
+
+
+class _ByteBudget:
+    """Lets threads hold at most `limit` bytes together; `close` makes every waiter return False."""
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._used = 0
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def acquire(self, count: int) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._used + count <= self._limit)
+            self._used += count
+            return not self._closed
+
+    def release(self, count: int) -> None:
+        with self._changed:
+            self._used -= count
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+class _Pipeline:
+    """Reads in this thread, hashes in a second, writes in a few more; the first error stops all."""
+
+    def __init__(self, source: Source, writer: CheckpointWriter, *, allow_nan: bool, progress: Progress, task: TaskID):
+        self._source = source
+        self._writer = writer
+        self._allow_nan = allow_nan
+        self._advance = lambda count: progress.advance(task, count)
+        largest = max(tensor.nbytes for tensor in source.tensors.values())
+        self._budget = _ByteBudget(2 * largest)
+
+    def run(self, todo: list[tuple[NamePair, TensorInfo]]) -> None:
+        """Converts these tensors, given in the order of their files."""
+        last = {info.file: index for index, (_, info) in enumerate(todo)}
+        pending: list[Future[None]] = []
+        with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(WRITERS) as writers:
+            for index, (row, info) in enumerate(todo):
+                if not self._budget.acquire(info.nbytes):
+                    break
+                try:
+                    values, digest = self._read(info, hasher)
+                except BaseException:
+                    self._budget.close()
+                    raise
+                pending.append(writers.submit(self._write, row, info, values, digest))
+                del values
+                if last[info.file] == index:
+                    self._source.directory.release(info.file)
+        for future in pending:
+            future.result()
+
+    def _read(self, info: TensorInfo, hasher: ThreadPoolExecutor) -> tuple[np.ndarray, Future[str]]:
+        where = self._source.locate(info.name)
+        values = np.empty(info.shape, info.dtype)
+        data = memoryview(values.reshape(-1).view(np.uint8))
+        running = hashlib.sha256()
+        with explained(f"cannot read {where}"):
+            self._source.directory.fetch(info.file)
+            for start in range(0, len(data), _PIECE):
+                piece = data[start : start + _PIECE]
+                self._source.directory.read_into(info.file, info.start + start, piece)
+                hasher.submit(running.update, piece)
+                if not self._allow_nan and has_nonfinite(np.frombuffer(piece, info.dtype)):
+                    raise NonFiniteError(f"{where} holds NaN or infinity (--allow-nan accepts it)")
+                self._advance(len(piece))
+        return values, hasher.submit(running.hexdigest)
+
+    def _write(self, row: NamePair, info: TensorInfo, values: np.ndarray, digest: Future[str]) -> None:
+        try:
+            record = TensorRecord(
+                path=row.path,
+                shape=row.shape,
+                dtype=np.dtype(self._writer.spec[row.path].dtype).name,
+                source=row.source,
+                source_dtype=info.dtype.name,
+                sha256=digest.result(),
+            )
+            self._writer.write(row.to_parameter(values), record)
+        except BaseException:
+            self._budget.close()
+            raise
+        finally:
+            self._budget.release(info.nbytes)

@@ -1,0 +1,206 @@
+"""`qwq-jax export`: a checkpoint becomes a Hugging Face directory, in bounded memory, resumably, verified by hash.
+
+The files grow in a directory beside the destination that takes its name when the last one is durable. In a bucket, where a
+directory cannot be renamed, they grow in place and config.json, without which nothing loads, comes last.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from rich.progress import Progress, TaskID
+
+from qwq_jax.checkpoint.directory import TEMPORARY, Directory, LocalDirectory, explained, open_directory
+from qwq_jax.checkpoint.huggingface import INDEX, TensorPlan, header_bytes, index_json, plan_shards, write_bytes
+from qwq_jax.checkpoint.names import NamePair, name_table
+from qwq_jax.checkpoint.store import Checkpoint, open_checkpoint, read_param
+from qwq_jax.jobs.convert import progress_bar
+
+MAX_SHARD_BYTES = 5_000_000_000
+_CLAIM = "exporting.json"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export did.
+
+    Attributes:
+        files: Weight files of the result.
+        tensors: Tensors in them.
+        verified: Tensors that this run wrote and found equal to the hash of their source.
+        nbytes: Bytes of weights that this run wrote.
+        seconds: Wall time.
+    """
+
+    files: int
+    tensors: int
+    verified: int
+    nbytes: int
+    seconds: float
+
+    @property
+    def sentence(self) -> str:
+        """For the terminal."""
+        rate = self.nbytes / max(self.seconds, 1e-9) / 1e6
+        return (
+            f"{self.tensors} tensors in {self.files} files, {self.verified} verified by sha256: "
+            f"{self.nbytes / 1e9:.2f} GB in {self.seconds:.1f} s ({rate:.0f} MB/s)"
+        )
+
+
+def export(checkpoint: str, dest: str, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> ExportReport:
+    """Writes the checkpoint as a Hugging Face directory; the same call goes on where a killed one stopped.
+
+    Args:
+        checkpoint: Local directory or ``gs://`` address.
+        dest: Local directory or ``gs://`` address, new or empty.
+        max_shard_bytes: Largest weight file; a larger tensor gets a file of its own.
+
+    Raises:
+        ValueError: Bad input, a failing disk, or a tensor that does not have the bytes it once had.
+    """
+    started = time.monotonic()
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes {max_shard_bytes} should be positive")
+    opened = open_checkpoint(checkpoint)
+    rows = {row.source: row for row in name_table(opened.config)}
+    plans = [TensorPlan(row.source, np.dtype(opened.spec[row.path].dtype), row.source_shape) for row in rows.values()]
+    shards = plan_shards(plans, max_shard_bytes)
+    with explained(f"cannot write {dest}"):
+        directory = _claim(opened, dest, max_shard_bytes)
+        todo = {name: shard for name, shard in shards.items() if name not in directory.sizes()}
+        nbytes = sum(tensor.nbytes for shard in todo.values() for tensor in shard)
+        try:
+            _check_space(directory, nbytes)
+            verified = _write_shards(opened, rows, directory, todo)
+            _finish(opened, directory, shards, dest)
+        except (ValueError, OSError):
+            if not any(name in shards for name in directory.children()):
+                directory.delete(_CLAIM)
+                directory.remove_if_empty()
+            raise
+    return ExportReport(len(shards), len(plans), verified, nbytes, time.monotonic() - started)
+
+
+def _write_shards(
+    checkpoint: Checkpoint, rows: Mapping[str, NamePair], directory: Directory, todo: Mapping[str, list[TensorPlan]]
+) -> int:
+    """Writes the missing weight files; returns how many tensors were verified."""
+    total = sum(tensor.nbytes for shard in todo.values() for tensor in shard)
+    with progress_bar() as progress, ThreadPoolExecutor(1) as reader:
+        job = _Export(checkpoint, rows, reader, progress, progress.add_task("exporting", total=total))
+        for name, shard in todo.items():
+            with directory.create(name) as file:
+                job.write_shard(file, shard)
+    return job.verified
+
+
+def _claim(checkpoint: Checkpoint, dest: str, max_shard_bytes: int) -> Directory:
+    """Opens the directory in which files grow, empty or left by the same export."""
+    final = open_directory(dest)
+    local = isinstance(final, LocalDirectory)
+    manifest = hashlib.sha256(checkpoint.manifest.to_json()).hexdigest()
+    claim = json.dumps({"manifest": manifest, "max_shard_bytes": max_shard_bytes}).encode()
+    occupied = final.children()
+    if _CLAIM in occupied and final.read(_CLAIM) == claim:
+        return final
+    if occupied:
+        raise ValueError(f"{dest} holds something else; give an empty or new directory")
+    growing = open_directory(dest.rstrip("/") + ".exporting") if local else final
+    present = growing.children()
+    mine = _CLAIM in present and growing.read(_CLAIM) == claim
+    if mine:
+        return growing
+    if local:
+        if present and _CLAIM not in present and present - {_CLAIM + TEMPORARY}:
+            raise ValueError(f"{growing.path} is needed for the export and holds something else; move it away")
+        growing.delete(".")
+    growing.write(_CLAIM, claim)
+    return growing
+
+
+def _check_space(directory: Directory, needed: int) -> None:
+    free = directory.free_bytes()
+    if free is not None and free < needed:
+        raise ValueError(
+            f"cannot write {directory.path}: {needed} bytes are needed and only {free} are free on the device"
+        )
+
+
+def _finish(checkpoint: Checkpoint, directory: Directory, shards: Mapping[str, list[TensorPlan]], dest: str) -> None:
+    files = {name: checkpoint.directory.read(name) for name in checkpoint.manifest.files}
+    if len(shards) > 1:
+        files[INDEX] = index_json(shards)
+    config = _config_json(checkpoint, files.pop("config.json", None))
+    for name, data in {**files, "config.json": config}.items():
+        directory.write(name, data)
+    if directory.path.rstrip("/") != dest.rstrip("/"):
+        os.rename(directory.path, dest)
+        LocalDirectory(str(Path(dest).absolute().parent)).sync(".")
+    open_directory(dest).delete(_CLAIM)
+
+
+def _config_json(checkpoint: Checkpoint, original: bytes | None) -> bytes:
+    """The config.json of the source, verbatim unless the dtype is another one now."""
+    dtype = checkpoint.dtype.name
+    if original is None:
+        return json.dumps(checkpoint.config.to_huggingface(dtype), indent=2).encode() + b"\n"
+    if checkpoint.manifest.tensors[0].source_dtype == dtype:
+        return original
+    config = json.loads(original)
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    return json.dumps({**config, key: dtype}, indent=2).encode() + b"\n"
+
+
+class _Export:
+    """Reads one tensor ahead of the one being hashed and written."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        rows: Mapping[str, NamePair],
+        reader: ThreadPoolExecutor,
+        progress: Progress,
+        task: TaskID,
+    ):
+        self._checkpoint = checkpoint
+        self._rows = rows
+        self._reader = reader
+        self._advance = lambda count: progress.advance(task, count)
+        self._records = {record.path: record for record in checkpoint.manifest.tensors}
+        self.verified = 0
+
+    def write_shard(self, file: BinaryIO, shard: list[TensorPlan]) -> None:
+        """Writes one safetensors file."""
+        file.write(header_bytes(shard))
+        ahead = self._reader.submit(self._read, shard[0])
+        for index, plan in enumerate(shard):
+            values = ahead.result()
+            if index + 1 < len(shard):
+                ahead = self._reader.submit(self._read, shard[index + 1])
+            self._write(file, plan, values)
+
+    def _read(self, plan: TensorPlan) -> np.ndarray:
+        row = self._rows[plan.name]
+        return read_param(self._checkpoint, row.path, order=row.inverse).reshape(plan.shape)
+
+    def _write(self, file: BinaryIO, plan: TensorPlan, values: np.ndarray) -> None:
+        record = self._records[self._rows[plan.name].path]
+        assert values.dtype == plan.dtype, plan
+        with ThreadPoolExecutor(1) as hasher:
+            digest = hasher.submit(lambda: hashlib.sha256(values.reshape(-1).view(np.uint8)).hexdigest())
+            write_bytes(file, values)
+            if record.is_verbatim:
+                if digest.result() != record.sha256:
+                    raise ValueError(
+                        f"{self._checkpoint.path}: {record.path} is damaged: its bytes are not those of {plan.name}"
+                    )
+                self.verified += 1
+        self._advance(plan.nbytes)
