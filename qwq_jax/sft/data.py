@@ -1,0 +1,173 @@
+"""Conversations in JSONL -> token sequences, with the assistant's tokens marked. No JAX here.
+
+One conversation a line: ``{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}``.
+
+Every assistant turn is trained on exactly what the model will see and say when it is used: its prompt is the chat
+template of the messages before it with the generation prompt, its completion is the text of the turn, tokenised on its
+own as sampled text is, and one end-of-turn token. Templates of reasoning models drop the thoughts of earlier turns, so a
+later turn may not continue the tokens of an earlier one: then each turn becomes a sequence of its own. Where the
+template does keep them verbatim, the turns share one sequence with holes in the mask, which trains the same for less.
+
+A template that opens ``<think>`` leaves it to the completion to close it. The thoughts are the turn's
+``reasoning_content``, or the part of its ``content`` before ``</think>``; a turn without either is refused, since it would
+teach to answer inside the thoughts.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwq_jax.chat import ChatTokenizer
+from qwq_jax.train.packing import Segment
+
+ROLES = frozenset({"system", "user", "assistant", "tool"})
+FIELDS = frozenset({"role", "content", "reasoning_content"})
+END_OF_TURN = "<|im_end|>"
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The sequences of some files.
+
+    Attributes:
+        segments: In the order of the files.
+        too_long: How many were left out because they do not fit a row.
+    """
+
+    segments: list[Segment]
+    too_long: int = 0
+
+    @property
+    def trained_tokens(self) -> int:
+        """Targets in one pass."""
+        return sum(int(segment.trained.sum()) for segment in self.segments)
+
+    def fingerprint(self) -> str:
+        """A hash of every token and mask, in order: equal data, equal fingerprint."""
+        digest = hashlib.sha256()
+        for segment in self.segments:
+            digest.update(np.int64(len(segment.tokens)).tobytes())
+            digest.update(segment.tokens.tobytes())
+            digest.update(segment.trained.tobytes())
+        return digest.hexdigest()
+
+
+def read_examples(
+    paths: Sequence[Path], tokenizer: ChatTokenizer, *, row_length: int, skip_too_long: bool = False
+) -> Examples:
+    """Reads JSONL files of conversations.
+
+    Raises:
+        ValueError: A file is absent or holds no example, or a line is not a conversation with an assistant turn, or does
+            not fit a row of `row_length` and `skip_too_long` is false. Names file and line.
+    """
+    segments: list[Segment] = []
+    too_long = 0
+    for path in paths:
+        before = len(segments)
+        for where, messages in read_conversations(path):
+            for segment in conversation_segments(messages, tokenizer, where=where):
+                if segment.slots <= row_length:
+                    segments.append(segment)
+                elif skip_too_long:
+                    too_long += 1
+                else:
+                    raise ValueError(f"{where}: {len(segment.tokens)} tokens do not fit a row, which takes {row_length + 1}")
+        if len(segments) == before:
+            raise ValueError(f"{path}: no example to train on; too long for a row of {row_length}: {too_long}")
+    return Examples(segments, too_long)
+
+
+def read_conversations(path: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yields ``("file.jsonl:3", messages)`` for every line that is not blank, checked."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if raw.strip():
+                where = f"{path}:{number}"
+                yield where, check_messages(parse_line(raw, where=where), where=where)
+
+
+def parse_line(raw: bytes, *, where: str) -> object:
+    """The JSON value of a line."""
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+
+
+def check_messages(value: object, *, where: str) -> list[dict[str, Any]]:
+    """Returns the messages of a line if they are a conversation that ends with the assistant."""
+    if not isinstance(value, dict) or not isinstance(value.get("messages"), list) or not value["messages"]:
+        raise ValueError(f'{where}: expected an object with a non-empty list "messages"')
+    for i, message in enumerate(value["messages"]):
+        if not isinstance(message, dict):
+            raise ValueError(f"{where}: messages[{i}] is not an object")
+        role = message.get("role")
+        if role not in ROLES:
+            raise ValueError(f"{where}: messages[{i}] has unknown role {role!r}, expected one of {sorted(ROLES)}")
+        if unknown := message.keys() - FIELDS:
+            raise ValueError(f"{where}: messages[{i}] has field {min(unknown)!r}, which training does not understand")
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"{where}: messages[{i}] has no text in content")
+        if not isinstance(message.get("reasoning_content") or "", str):
+            raise ValueError(f"{where}: messages[{i}] has a reasoning_content that is not text")
+    last = value["messages"][-1]["role"]
+    if last != "assistant":
+        raise ValueError(f"{where}: the conversation ends with role {last!r}; there is no assistant turn to learn")
+    return value["messages"]
+
+
+def conversation_segments(
+    messages: Sequence[dict[str, Any]], tokenizer: ChatTokenizer, *, where: str
+) -> list[Segment]:
+    """The sequences that train every assistant turn, as few as the template allows."""
+    end_of_turn = end_of_turn_id(tokenizer)
+    opened = tokenizer.generation_prompt_opens_thinking
+    stops = {end_of_turn, *tokenizer.eos_token_ids}
+    sequences: list[tuple[list[int], list[bool]]] = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = tokenizer.apply_template(messages[:i], add_generation_prompt=True)
+        completion = tokenizer.encode(completion_text(message, opened, f"{where}: messages[{i}]"))
+        if not stops.isdisjoint(completion):
+            raise ValueError(f"{where}: messages[{i}] contains an end-of-turn token")
+        completion = [*completion, end_of_turn]
+        if sequences and prompt[: len(sequences[-1][0])] == sequences[-1][0]:
+            tokens, trained = sequences.pop()
+            trained = trained + [False] * (len(prompt) - len(tokens))
+        else:
+            trained = [False] * len(prompt)
+        sequences.append((prompt + completion, trained + [True] * len(completion)))
+    return [Segment(np.array(tokens, np.int32), np.array(trained, np.bool_)) for tokens, trained in sequences]
+
+
+def completion_text(message: dict[str, Any], opened: bool, where: str) -> str:
+    """What the model has to say after the generation prompt, which has opened the thoughts or not."""
+    text = message["content"]
+    if reasoning := message.get("reasoning_content"):
+        text = f"<think>\n{reasoning}\n</think>\n\n{text}"
+    if not opened:
+        return text
+    if "</think>" not in text:
+        raise ValueError(f"{where} has no </think>, and the chat template opens <think> for it")
+    return text.removeprefix("<think>").removeprefix("\n") if text.startswith("<think>") else text
+
+
+def end_of_turn_id(tokenizer: ChatTokenizer) -> int:
+    """The one token that ends a turn: ``<|im_end|>`` where it is an end of sequence, else the first that is."""
+    encoded = tokenizer.encode(END_OF_TURN)
+    if len(encoded) == 1 and encoded[0] in tokenizer.eos_token_ids:
+        return encoded[0]
+    if not tokenizer.eos_token_ids:
+        raise ValueError("the tokenizer names no end-of-sequence token to train")
+    return tokenizer.eos_token_ids[0]

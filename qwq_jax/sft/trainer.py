@@ -1,0 +1,174 @@
+"""The loop: steps, held-out loss, metrics, checkpoints, and a clean stop."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+
+from qwq_jax.checkpoint.train_store import TrainStore
+from qwq_jax.sft.stream import BatchStream
+from qwq_jax.train.batch import TrainBatch
+from qwq_jax.train.metrics import MetricsLog
+from qwq_jax.train.packing import PackedRows
+from qwq_jax.train.state import Params, TrainState, abstract_state
+from qwq_jax.train.step import TrainStep
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """When what happens, in steps; the last one always evaluates and saves.
+
+    Attributes:
+        steps: Length of the run.
+        eval_every: Held-out loss; 0 for never in between.
+        save_every: Checkpoint; 0 for never in between. Comes with the held-out loss that ranks it.
+    """
+
+    steps: int
+    eval_every: int
+    save_every: int
+
+    def saves(self, step: int) -> bool:
+        """Whether there is a checkpoint after `step`."""
+        return step == self.steps or (self.save_every > 0 and step % self.save_every == 0)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the held-out loss is computed after `step`."""
+        return self.saves(step) or (self.eval_every > 0 and step % self.eval_every == 0)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the loop calls.
+
+    Attributes:
+        train_step: The jitted update.
+        place: Rows of a step -> arrays on the devices.
+        evaluate: Parameters -> held-out loss, or ``None`` without held-out data.
+        learning_rate: By number of updates done before.
+    """
+
+    train_step: TrainStep
+    place: Callable[[PackedRows], TrainBatch]
+    evaluate: Callable[[Params], float] | None
+    learning_rate: optax.Schedule
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        state: After the last step taken; it is saved.
+        finished: False if it was asked to stop before its last step.
+    """
+
+    state: TrainState
+    finished: bool
+
+
+class Trainer:
+    """Takes a state from its step to the last one.
+
+    A resumed run is the run that was interrupted: parameters, optimizer, order of the data and the metrics file are
+    bitwise those of a run that never stopped.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        *,
+        stream: BatchStream,
+        store: TrainStore,
+        log: MetricsLog | None,
+        intervals: Intervals,
+        identity: Mapping[str, Any],
+    ) -> None:
+        """Collects the parts; `log` is ``None`` on all processes but the first, `identity` goes into checkpoints."""
+        self._work = work
+        self._stream = stream
+        self._store = store
+        self._log = log
+        self._intervals = intervals
+        self._identity = identity
+
+    def run(
+        self,
+        state: TrainState,
+        *,
+        should_stop: Callable[[], bool],
+        report: Callable[[int, Mapping[str, float]], None],
+    ) -> Outcome:
+        """Trains until the last step, or until `should_stop`, asked after every step, says so. Saves before it returns.
+
+        `report` receives what is written to the log, as it is written.
+        """
+        step = int(state.step)
+        started = time.perf_counter()
+        while step < self._intervals.steps:
+            batch = self._work.place(next(self._stream))
+            state, metrics = self._work.train_step(state, batch)
+            step += 1
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            values["learning_rate"] = float(self._work.learning_rate(step - 1))
+            seconds = time.perf_counter() - started
+            eval_loss = self._evaluate(step, state.params)
+            if eval_loss is not None:
+                values["eval_loss"] = eval_loss
+            values |= {"seconds": seconds, "tokens_per_second": values["tokens"] / seconds}
+            if self._log:
+                self._log.write(step, values)
+            report(step, values)
+            stopping = agree(should_stop())
+            if stopping or self._intervals.saves(step):
+                self._save(state, step, eval_loss)
+            if stopping and step < self._intervals.steps:
+                return Outcome(state, finished=False)
+            started = time.perf_counter()
+        return Outcome(state, finished=True)
+
+    def _evaluate(self, step: int, params: Params) -> float | None:
+        if self._work.evaluate is None or not self._intervals.evaluates(step):
+            return None
+        return self._work.evaluate(params)
+
+    def _save(self, state: TrainState, step: int, eval_loss: float | None) -> None:
+        if self._log:
+            self._log.flush()
+        record = {"stream": self._stream.state(), "identity": dict(self._identity)}
+        self._store.save(step, state, record, metric=eval_loss)
+
+
+def resume(state: TrainState, store: TrainStore, stream: BatchStream, *, identity: Mapping[str, Any]) -> TrainState:
+    """The newest checkpoint of `store` in the place of `state`, and `stream` at its position; `state` if there is none.
+
+    Raises:
+        ValueError: The checkpoint belongs to another run: other data, another model, another schedule.
+    """
+    store.clean()
+    steps = store.steps()
+    if not steps:
+        return state
+    record = store.record(steps[-1])
+    for name in sorted(record["identity"].keys() | identity.keys()):
+        then, now = record["identity"].get(name), identity.get(name)
+        if then != now:
+            raise ValueError(
+                f"{store.directory}: step {steps[-1]} was trained with {name} = {then}, this run has {now}; "
+                "continue with the old value or choose another output directory"
+            )
+    restored = store.restore(steps[-1], abstract_state(state))
+    stream.set_state(record["stream"])
+    return restored
+
+
+def agree(flag: bool) -> bool:
+    """Whether any process says so, so that all stop after the same step."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))

@@ -1,0 +1,59 @@
+"""The arrays of one train step, placed on the devices."""
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from qwq_jax.sharding import Layout
+from qwq_jax.train.packing import PackedRows
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainBatch:
+    """`PackedRows` as a pytree: ``[A, B, T]`` for a step of ``A`` micro-batches, ``[B, T]`` for one of them.
+
+    Attributes:
+        tokens: int32 inputs.
+        targets: int32, the token after each input.
+        loss_mask: bool, the targets that count.
+        positions: int32, from 0 in each segment.
+        segment_ids: int32, from 1 in each row; 0 is padding.
+        columns: float32, further values aligned with `targets`.
+    """
+
+    tokens: jax.Array
+    targets: jax.Array
+    loss_mask: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array
+    columns: dict[str, jax.Array]
+
+
+def place_batch(packed: PackedRows, *, accumulation: int, layout: Layout) -> TrainBatch:
+    """Splits the rows into `accumulation` micro-batches and spreads each over the batch axes of `layout`.
+
+    Every process passes the same rows and keeps those of its devices.
+
+    Raises:
+        ValueError: The rows cannot be divided into that many micro-batches.
+    """
+    rows, length = packed.tokens.shape
+    if rows % accumulation:
+        raise ValueError(f"{rows} rows a step cannot be divided into {accumulation} micro-batches")
+    shape = (accumulation, rows // accumulation, length)
+    sharding = layout.sharding((None, "batch", None), shape)
+
+    def place(value: np.ndarray) -> jax.Array:
+        split = value.reshape(shape)
+        return jax.make_array_from_callback(shape, sharding, lambda index: split[index])
+
+    return TrainBatch(
+        tokens=place(packed.tokens),
+        targets=place(packed.targets),
+        loss_mask=place(packed.loss_mask),
+        positions=place(packed.positions),
+        segment_ids=place(packed.segment_ids),
+        columns={name: place(value) for name, value in packed.columns.items()},
+    )
