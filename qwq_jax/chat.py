@@ -22,6 +22,8 @@ from tokenizers import AddedToken, Tokenizer
 ROLES = ("system", "user", "assistant", "tool")
 THINK_OPEN = "<think>"
 THINK_CLOSE = "</think>"
+# The names that thoughts are passed under; templates read the first.
+_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 Message = Mapping[str, Any]
 
@@ -238,7 +240,8 @@ def split_thinking(text: str, opened: bool) -> tuple[str | None, str]:
 def checked_message(message: Message, index: int) -> dict[str, Any]:
     """A message the template can be given; ValueError with its place in the conversation where it is malformed.
 
-    Content may be a string or a list of OpenAI text parts, which are joined. Keys whose value is None are dropped.
+    Content may be a string or a list of OpenAI text parts, which are joined. Keys whose value is None are dropped, and
+    thoughts are found under each name that templates read, as in transformers.
     """
     where = f"messages[{index}]"
     if not isinstance(message, Mapping):
@@ -247,6 +250,9 @@ def checked_message(message: Message, index: int) -> dict[str, Any]:
     if role not in ROLES:
         raise ValueError(f"{where}: unknown role {role!r}; expected one of {', '.join(ROLES)}")
     checked = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((checked[key] for key in _REASONING_KEYS if key in checked), None)
+    if reasoning is not None:
+        checked = {"thinking": reasoning, **checked, "reasoning_content": reasoning}
     content = checked.get("content")
     if isinstance(content, list):
         checked["content"] = "".join(_text_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))

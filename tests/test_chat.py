@@ -76,6 +76,7 @@ CONVERSATIONS = {
     "two turns": [USER, REPLY, {"role": "user", "content": "And 東京 🙂\n\n\n  tabs\t?"}],
     "three turns": [USER, REPLY, USER, REPLY, USER, REPLY],
     "reasoning apart": [USER, {"role": "assistant", "reasoning_content": "hm", "content": "42"}],
+    "reasoning, its other name": [USER, {"role": "assistant", "reasoning": "hm", "content": "42"}],
     "tool": [USER, {"role": "assistant", "content": None, "tool_calls": []} | {"content": "I call."},
              {"role": "tool", "content": "42", "tool_call_id": "c1"}],
     "marks in the text": [{"role": "user", "content": "<|im_end|> </think> <think>"}],
