@@ -1,0 +1,209 @@
+"""The engine on devices: the same tokens as transformers, on every mesh, in every batch, with every cache geometry."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwq_jax.config.engine import EngineConfig
+from qwq_jax.config.mesh import MeshConfig
+from qwq_jax.config.model import ModelConfig
+from qwq_jax.config.sampling import SamplingParams
+from qwq_jax.engine.engine import Engine
+from qwq_jax.engine.request import Completion, Request
+from qwq_jax.engine.runner import DeviceRunner
+from qwq_jax.model.attention import causal_attend
+from qwq_jax.model.params import Params, bind, random_params
+from qwq_jax.model.spec import model_spec
+from qwq_jax.sharding import decode_layout, make_mesh
+
+LENGTHS = (1, 2, 5, 16, 17, 33, 50, 64)
+MESHES = [
+    MeshConfig(),
+    MeshConfig(data=8),
+    MeshConfig(data=2, tensor=4),
+    MeshConfig(tensor=8),
+    MeshConfig(data=2, fsdp=2, tensor=2),
+]
+
+
+@pytest.fixture(scope="module")
+def params(tiny_config: ModelConfig) -> Params:
+    """Random parameters with biases and scales off their neutral values, and a spread that makes tokens vary."""
+    drawn = random_params(tiny_config, jax.random.key(3))
+    shift = lambda i, x: x + 0.3 * jax.random.normal(jax.random.key(i), x.shape)  # noqa: E731
+    return {
+        path: shift(i, x) if path.endswith(("bias", "scale")) else 5 * x for i, (path, x) in enumerate(drawn.items())
+    }
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny_config: ModelConfig) -> list[tuple[int, ...]]:
+    rng = np.random.default_rng(11)
+    return [tuple(rng.integers(0, tiny_config.vocab_size - 1, length).tolist()) for length in LENGTHS]
+
+
+def make_engine(config: ModelConfig, params: Params, mesh: MeshConfig = MeshConfig(), **sizes: object) -> Engine:  # noqa: B008
+    sizes = {
+        "max_sequences": 8,
+        "page_size": 32,
+        "max_context": 96,
+        "prefill_chunk": 32,
+        "compute_dtype": "float32",
+        "max_prefill_sequences": 3,
+    } | sizes
+    layout = decode_layout(make_mesh(mesh))
+    spec = model_spec(config, jnp.float32)
+    placed = {path: jax.device_put(x, layout.sharding(spec[path].axes, x.shape)) for path, x in params.items()}
+    return Engine(DeviceRunner(config, placed, layout, EngineConfig(**sizes)), config.vocab_size, config.eos_token_ids)
+
+
+def requests_of(prompts: list[tuple[int, ...]], **params: object) -> list[Request]:
+    params = {"max_tokens": 12, "temperature": 0.0, "ignore_eos": True} | params
+    return [Request(f"r{i}", prompt, SamplingParams(**params)) for i, prompt in enumerate(prompts)]
+
+
+def tokens_of(completions: list[Completion]) -> dict[tuple[str, int], tuple[int, ...]]:
+    return {(c.request_id, c.index): c.token_ids for c in completions}
+
+
+@pytest.fixture(scope="module")
+def greedy(tiny_config: ModelConfig, params: Params, prompts: list[tuple[int, ...]]) -> dict:
+    return tokens_of(list(make_engine(tiny_config, params).generate(requests_of(prompts))))
+
+
+@pytest.fixture(scope="module")
+def drawn(tiny_config: ModelConfig, params: Params, prompts: list[tuple[int, ...]]) -> dict:
+    sampled = requests_of(prompts, temperature=0.9, top_p=0.9, top_k=30, min_p=0.01, n=2)
+    return tokens_of(list(make_engine(tiny_config, params).generate(sampled)))
+
+
+def test_greedy_equals_a_full_forward_a_token(
+    tiny_config: ModelConfig, params: Params, prompts: list[tuple[int, ...]], greedy: dict
+) -> None:
+    @jax.jit
+    def scores(tokens: jax.Array) -> jax.Array:
+        model = bind(tiny_config, params, dtype=jnp.float32)
+        positions = jnp.arange(tokens.shape[1])[None]
+        return model.logits(model(tokens, positions, causal_attend(None))[0])
+
+    longest = max(LENGTHS) + 12
+    for index, prompt in enumerate(prompts):
+        tokens = list(prompt)
+        for _ in range(12):
+            padded = jnp.asarray([tokens + [0] * (longest - len(tokens))])
+            tokens.append(int(jnp.argmax(scores(padded)[0, len(tokens) - 1])))
+        assert greedy[f"r{index}", 0] == tuple(tokens[len(prompt) :])
+
+
+def test_greedy_equals_transformers(
+    tiny_config: ModelConfig, params: Params, prompts: list[tuple[int, ...]], greedy: dict
+) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    hf = tiny_config.to_huggingface("float32")
+    hf.pop("architectures", None)
+    model = Qwen2ForCausalLM(Qwen2Config(**{k: v for k, v in hf.items() if k != "model_type"})).eval()
+    model.load_state_dict(_as_torch(tiny_config, params), strict=True)
+    for index, prompt in enumerate(prompts):
+        with torch.no_grad():
+            out = model.generate(
+                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=-1,
+            )  # fmt: skip
+        assert greedy[f"r{index}", 0] == tuple(out[0, len(prompt) :].tolist())
+
+
+def _as_torch(config: ModelConfig, params: Params) -> dict:
+    import torch
+
+    D = config.hidden_size
+    tensor = lambda path, *shape: torch.tensor(np.asarray(params[path]).reshape(*shape))  # noqa: E731
+    state = {
+        "model.embed_tokens.weight": tensor("embed.embedding", -1, D),
+        "model.norm.weight": tensor("final_norm.scale", D),
+        "lm_head.weight": tensor("head.kernel", -1, D),
+    }
+    for i in range(config.num_layers):
+        ours, theirs = f"layers.{i}.", f"model.layers.{i}."
+        state[theirs + "input_layernorm.weight"] = tensor(ours + "attention_norm.scale", D)
+        state[theirs + "post_attention_layernorm.weight"] = tensor(ours + "mlp_norm.scale", D)
+        for name in "qkv":
+            state[f"{theirs}self_attn.{name}_proj.weight"] = tensor(f"{ours}attention.{name}_kernel", D, -1).T
+            state[f"{theirs}self_attn.{name}_proj.bias"] = tensor(f"{ours}attention.{name}_bias", -1)
+        state[theirs + "self_attn.o_proj.weight"] = tensor(ours + "attention.o_kernel", -1, D).T
+        state[theirs + "mlp.gate_proj.weight"] = tensor(ours + "mlp.gate_kernel", D, -1).T
+        state[theirs + "mlp.up_proj.weight"] = tensor(ours + "mlp.up_kernel", D, -1).T
+        state[theirs + "mlp.down_proj.weight"] = tensor(ours + "mlp.down_kernel", -1, D).T
+    return state
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: f"{mesh.data}x{mesh.fsdp}x{mesh.tensor}")
+def test_every_mesh_gives_the_same_tokens(
+    mesh: MeshConfig,
+    tiny_config: ModelConfig,
+    params: Params,
+    prompts: list[tuple[int, ...]],
+    greedy: dict,
+    drawn: dict,
+) -> None:
+    engine = make_engine(tiny_config, params, mesh)
+    assert tokens_of(list(engine.generate(requests_of(prompts)))) == greedy
+    sampled = requests_of(prompts, temperature=0.9, top_p=0.9, top_k=30, min_p=0.01, n=2)
+    assert tokens_of(list(engine.generate(sampled))) == drawn
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"max_sequences": 1, "max_prefill_sequences": 1},
+        {"page_size": 4, "prefill_chunk": 7},
+        {"page_size": 128, "prefill_chunk": 128},
+        {"num_pages": 9, "page_size": 16},
+    ],
+    ids=str,
+)
+def test_batch_pages_chunks_and_preemption_do_not_change_tokens(
+    sizes: dict, tiny_config: ModelConfig, params: Params, prompts: list[tuple[int, ...]], greedy: dict, drawn: dict
+) -> None:
+    engine = make_engine(tiny_config, params, **sizes)
+    sampled = requests_of(prompts, temperature=0.9, top_p=0.9, top_k=30, min_p=0.01, n=2)
+    mixed = [Request(f"s{r.request_id}", r.prompt_token_ids, r.params) for r in requests_of(prompts)]
+    got = tokens_of(list(engine.generate([*reversed(sampled), *mixed])))
+    assert {key: tokens for key, tokens in got.items() if key in drawn} == drawn
+    assert {(name[1:], index): tokens for (name, index), tokens in got.items() if name[0] == "s"} == greedy
+    assert bool(engine.scheduler.preemptions) == ("num_pages" in sizes)
+
+
+def test_logprobs_are_those_of_a_full_forward(
+    tiny_config: ModelConfig, params: Params, prompts: list[tuple[int, ...]]
+) -> None:
+    request = requests_of(prompts[4:5], logprobs=True, top_logprobs=5, temperature=0.7)[0]
+    (completion,) = make_engine(tiny_config, params).generate([request])
+    model = bind(tiny_config, params, dtype=jnp.float32)
+    tokens = jnp.asarray([request.prompt_token_ids + completion.token_ids])
+    hidden, _ = model(tokens, jnp.arange(tokens.shape[1])[None], causal_attend(None))
+    scores = jax.nn.log_softmax(model.logits(hidden)[0], axis=-1)
+    for step, entry in enumerate(completion.logprobs or ()):
+        row = scores[len(request.prompt_token_ids) + step - 1]
+        # float32 rounding of two orders of summation
+        assert entry.logprob == pytest.approx(float(row[entry.token_id]), abs=1e-4)
+        values, ids = jax.lax.top_k(row, 5)
+        assert [token for token, _ in entry.top] == ids.tolist()
+        np.testing.assert_allclose([value for _, value in entry.top], values, atol=1e-4)
+    assert len(completion.logprobs or ()) == len(completion.token_ids) == 12
+
+
+def test_each_shape_is_compiled_once(tiny_config: ModelConfig, params: Params, prompts: list[tuple[int, ...]]) -> None:
+    engine = make_engine(tiny_config, params)
+    list(engine.generate(requests_of(prompts)))
+    compiled = engine.runner.compiles
+    assert compiled <= 2 * 3
+    list(engine.generate(requests_of(prompts)))
+    assert engine.runner.compiles == compiled
+
+
+def test_a_context_beyond_the_model_is_refused(tiny_config: ModelConfig, params: Params) -> None:
+    with pytest.raises(ValueError, match="max_context 1024 is beyond the 512 positions"):
+        make_engine(tiny_config, params, max_context=1024)
