@@ -1,0 +1,69 @@
+"""Every command of the README parses, and its Python runs."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from qwq_jax.__main__ import app
+from qwq_jax.jobs.batch_file import PromptLine, parse_line
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+
+
+COMMANDS = [line for block in blocks("bash") for line in block.strip().splitlines()]
+
+
+def test_there_are_commands():
+    verbs = {shlex.split(line)[1] for line in COMMANDS if line.startswith("qwq-jax ")}
+    assert {"convert", "export", "generate", "chat", "sft"} <= verbs
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_parses(line: str):
+    program, verb, *arguments = shlex.split(line)
+    if program == "make":
+        assert re.search(rf"^{re.escape(verb)}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return
+    assert program == "qwq-jax"
+    group = typer.main.get_command(app)
+    command = group.commands[verb]  # type: ignore[attr-defined]
+    command.make_context(verb, list(arguments))
+    for argument in arguments:
+        if argument.startswith(("configs/", "tools/")):
+            assert (ROOT / argument).exists(), argument
+
+
+def test_paths_exist():
+    for path in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        assert (ROOT / path).exists(), path
+    listing = next(block for block in blocks("") if block.startswith("qwq_jax/"))
+    for name in re.findall(r"^  ([a-z_]+(?:/|\.py))", listing, re.MULTILINE):
+        assert (ROOT / "qwq_jax" / name).exists(), name
+
+
+def test_the_request_line_is_understood():
+    (line,) = blocks("json")
+    assert isinstance(parse_line(1, line.encode()), PromptLine)
+    assert json.loads(line)["body"]["return_token_ids"] is True
+
+
+def test_the_python_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    from qwq_jax.embedded import TINY_REASONER
+    from qwq_jax.jobs.convert import convert
+
+    monkeypatch.chdir(tmp_path)
+    convert(str(TINY_REASONER), "out/demo/checkpoint")
+    (code,) = blocks("python")
+    assert len(code.strip().splitlines()) <= 11
+    capsys.readouterr()
+    exec(compile(code, "README.md", "exec"), {})
+    assert "\\boxed{" in capsys.readouterr().out
