@@ -57,7 +57,7 @@ def chunk_grid(spec: ArraySpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of a shard (one file) and of the chunks in it.
 
     Example:
-        A bf16 gate kernel [5120, 27648] with axes (embed, mlp) has chunks of [320, 1728] in shards of [1280, 27648].
+        A bf16 gate kernel [5120, 27648] with axes (embed, mlp) has chunks of [320, 1728] in shards of [640, 27648].
     """
     itemsize = np.dtype(spec.dtype).itemsize
     chunk = list(spec.shape)

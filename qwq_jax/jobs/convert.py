@@ -93,7 +93,7 @@ def convert(
         _check_tied_head(opened)
     writer = CheckpointWriter(dest, spec, identity=identity, origin=source)
     if writer.is_committed:
-        return ConvertReport(len(spec), 0, 0, time.monotonic() - started)
+        return _tell(dest, ConvertReport(len(spec), 0, 0, time.monotonic() - started))
     todo = _in_file_order(table, opened.tensors, writer.finished)
     total = sum(info.nbytes for _, info in todo)
     try:
@@ -114,7 +114,12 @@ def convert(
         raise ValueError(
             f"{error}; {len(writer.finished)} tensors are kept, the same command goes on from there"
         ) from error
-    return ConvertReport(len(spec), len(todo), total, time.monotonic() - started)
+    return _tell(dest, ConvertReport(len(spec), len(todo), total, time.monotonic() - started))
+
+
+def _tell(dest: str, report: ConvertReport) -> ConvertReport:
+    print(f"{dest}: {report.sentence}")
+    return report
 
 
 def _read_config(source: Source) -> ModelConfig:

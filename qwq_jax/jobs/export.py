@@ -86,7 +86,9 @@ def export(checkpoint: str, dest: str, *, max_shard_bytes: int = MAX_SHARD_BYTES
                 directory.delete(_CLAIM)
                 directory.remove_if_empty()
             raise
-    return ExportReport(len(shards), len(plans), verified, nbytes, time.monotonic() - started)
+    report = ExportReport(len(shards), len(plans), verified, nbytes, time.monotonic() - started)
+    print(f"{dest}: {report.sentence}")
+    return report
 
 
 def _write_shards(
