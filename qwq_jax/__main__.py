@@ -40,7 +40,6 @@ _USERS_ERRORS = frozenset(
 
 app = typer.Typer(
     name="qwq-jax",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -58,10 +57,11 @@ Distributed = Annotated[bool, typer.Option("--distributed", help="Join the other
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        code = app(args=words, prog_name="qwq-jax", standalone_mode=False)
     except typer.TyperException as error:
-        error.show()
+        print(f"error: {error.format_message().removesuffix('.')} (see qwq-jax --help)", file=sys.stderr)
         return EXIT_BAD_INPUT
     except typer.Abort:
         return EXIT_FAILED
@@ -134,6 +134,7 @@ def generate(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint directory, local or gs://.")],
     input: Annotated[Path, typer.Option(help="JSONL of requests: OpenAI batch lines or the short forms.")],
     output: Annotated[Path, typer.Option(help="JSONL of answers; lines already in it are not served again.")],
+    seed: Annotated[int, typer.Option(min=0, help="For requests that bring no seed of their own.")] = 0,
     overrides: Set = None,
     simulate_devices: SimulateDevices = None,
     distributed: Distributed = False,
@@ -144,7 +145,7 @@ def generate(
 
     runtime.start(simulate_devices=simulate_devices, distributed=distributed)
     config = _inference_config(overrides, runtime.default_compute_dtype())
-    job.generate(checkpoint, input, output, engine=config.engine, mesh=config.mesh)
+    job.generate(checkpoint, input, output, engine=config.engine, mesh=config.mesh, seed=seed)
 
 
 @app.command(epilog="Example: `qwq-jax chat qwq-32b --set mesh.tensor=8`")

@@ -2,7 +2,7 @@
 
 import signal
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 
 class Interrupted(Exception):
@@ -23,7 +23,7 @@ class StopRequested:
 
     def __init__(self) -> None:
         self._requested = False
-        self._previous: dict[int, signal.Handlers | int | None] = {}
+        self._previous: dict[int, Any] = {}
 
     def __call__(self) -> bool:
         """Whether a stop has been requested."""

@@ -36,7 +36,7 @@ def start(*, simulate_devices: int | None = None, distributed: bool = False) -> 
         _simulate(simulate_devices)
     if distributed:
         _join_processes()
-    if jax.config.jax_compilation_cache_dir is None:
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(_cache_directory() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_CACHING_SECONDS)
     log_to_stderr()

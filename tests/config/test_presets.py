@@ -4,6 +4,7 @@ import pytest
 
 from qwq_jax.config.load import load_toml
 from qwq_jax.config.model import ModelConfig
+from qwq_jax.config.train import SftConfig
 
 DIRECTORY = Path(__file__).parents[2] / "configs" / "models"
 
@@ -40,3 +41,12 @@ def test_preset_has_the_published_size(name):
 def test_preset_survives_huggingface(path):
     config = load_toml(path, ModelConfig)
     assert ModelConfig.from_huggingface(config.to_huggingface("bfloat16")) == config
+
+
+@pytest.mark.parametrize("path", sorted((DIRECTORY.parent / "sft").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_run_loads(path):
+    assert isinstance(load_toml(path, SftConfig), SftConfig)
+
+
+def test_every_config_is_of_a_kind_that_is_tested():
+    assert {path.name for path in DIRECTORY.parent.iterdir()} <= {"models", "sft"}
