@@ -111,8 +111,8 @@ class Trainer:
         step = int(state.step)
         started = time.perf_counter()
         while step < self._intervals.steps:
-            batch = self._work.place(next(self._stream))
-            state, metrics = self._work.train_step(state, batch)
+            rows = next(self._stream)
+            state, metrics = self._work.train_step(state, self._work.place(rows))
             step += 1
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             values["learning_rate"] = float(self._work.learning_rate(step - 1))
@@ -120,7 +120,7 @@ class Trainer:
             eval_loss = self._evaluate(step, state.params)
             if eval_loss is not None:
                 values["eval_loss"] = eval_loss
-            values |= {"seconds": seconds, "tokens_per_second": values["tokens"] / seconds}
+            values |= {"seconds": seconds, "tokens_per_second": np.count_nonzero(rows.segment_ids) / seconds}
             if self._log:
                 self._log.write(step, values)
             report(step, values)

@@ -1,0 +1,285 @@
+"""`qwq-jax sft`: instruction tuning from a config, resumable, ending in an ordinary checkpoint.
+
+::
+
+    OUTPUT_DIR/
+      metrics.jsonl          one record a step: loss, eval_loss, grad_norm, learning_rate, tokens, ...
+      tensorboard/           the same numbers as events
+      checkpoints/           to go on from: parameters, optimizer, data position
+      model-000800/          what `generate`, `serve`, `export` take, written when the run ends
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from qwq_jax.chat import ChatTokenizer
+from qwq_jax.checkpoint.directory import open_directory
+from qwq_jax.checkpoint.store import MARKER, Checkpoint, open_checkpoint
+from qwq_jax.checkpoint.train_store import TrainStore
+from qwq_jax.config.load import load_toml
+from qwq_jax.config.model import ModelConfig
+from qwq_jax.config.train import SftConfig
+from qwq_jax.interrupt import Interrupted, StopRequested
+from qwq_jax.jobs.convert import convert
+from qwq_jax.sft.data import Examples, read_examples
+from qwq_jax.sft.loss import make_sft_loss
+from qwq_jax.sft.stream import BatchStream, plan_steps
+from qwq_jax.sft.trainer import Intervals, Trainer, Work, resume
+from qwq_jax.sharding import Layout, make_mesh, train_layout
+from qwq_jax.train.batch import place_batch
+from qwq_jax.train.metrics import MetricsLog
+from qwq_jax.train.optimizer import make_optimizer, make_schedule
+from qwq_jax.train.packing import PackedRows, fill_rows, plan_rows
+from qwq_jax.train.state import Params, TrainState, abstract_state, init_state
+from qwq_jax.train.step import Loss, make_eval_step, make_train_step
+from qwq_jax.train.weights import checkpoint_weights, companion_files, random_weights, write_checkpoint
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        config: The architecture.
+        tokenizer_dir: A local directory.
+        checkpoint: Initial weights; ``None`` for random ones.
+    """
+
+    config: ModelConfig
+    tokenizer_dir: str
+    checkpoint: Checkpoint | None
+
+
+@dataclass(frozen=True)
+class SftReport:
+    """What a run made.
+
+    Attributes:
+        step: Steps taken, earlier runs counted.
+        model: The checkpoint with the final weights.
+        metrics: The metrics file.
+    """
+
+    step: int
+    model: str
+    metrics: Path
+
+
+def sft(config: SftConfig) -> SftReport:
+    """Fine-tunes; the same call goes on where an interrupted one stopped.
+
+    Raises:
+        ValueError: Bad input, in one sentence.
+        Interrupted: A signal asked to stop; everything is saved.
+    """
+    layout = train_layout(make_mesh(config.mesh))
+    output = Path(config.output_dir)
+    start = open_start(config)
+    tokenizer = ChatTokenizer.from_directory(start.tokenizer_dir)
+    read = partial(
+        read_examples, tokenizer=tokenizer, row_length=config.sequence_length, skip_too_long=config.skip_too_long
+    )
+    train = read([Path(path) for path in config.train_files])
+    held_out = read([Path(path) for path in config.eval_files]) if config.eval_files else None
+    check_tokens(start.config, [train, held_out] if held_out else [train], tokenizer=start.tokenizer_dir)
+    describe(config, start.config, train, held_out)
+
+    schedule = make_schedule(config.optimizer, steps=config.steps)
+    optimizer = make_optimizer(config.optimizer, schedule=schedule)
+    state = init_state(initial_weights(config, start, layout), optimizer)
+    stream = make_stream(config, train)
+    identity = run_identity(config, start.config, train)
+    store = TrainStore(epath.Path(output) / "checkpoints", keep=config.keep)
+    state = resume(state, store, stream, identity=identity)
+    step = int(state.step)
+    if step:
+        LOG.info("going on after step %d of %s", step, output)
+
+    loss = make_sft_loss(
+        start.config,
+        layout,
+        compute_dtype=config.compute_dtype,
+        logprob_chunk=config.logprob_chunk,
+        remat=config.remat,
+    )
+    place = partial(place_batch, accumulation=config.accumulation, layout=layout)
+    work = Work(
+        train_step=make_train_step(loss, optimizer, shardings=jax.tree.map(lambda x: x.sharding, state)),
+        place=place,
+        evaluate=make_evaluate(config, loss, held_out, place=place) if held_out else None,
+        learning_rate=schedule,
+    )
+    intervals = Intervals(steps=config.last_step, eval_every=config.eval_every, save_every=config.save_every)
+    log = MetricsLog(output, resume_step=step) if jax.process_index() == 0 else None
+    trainer = Trainer(work, stream=stream, store=store, log=log, intervals=intervals, identity=identity)
+    with StopRequested() as stop, progress_bar() as progress:
+        report = reporter(progress, done=step, steps=config.last_step)
+        outcome = trainer.run(state, should_stop=stop, report=report)
+    if log:
+        log.close()
+    if not outcome.finished:
+        raise Interrupted(f"step {int(outcome.state.step)} is saved in {output}; the same command goes on from there")
+    return finish(config, start, outcome.state, store=store)
+
+
+def open_start(config: SftConfig) -> Start:
+    """Finds architecture, tokenizer and weights; a Hugging Face directory is converted into the output directory."""
+    if config.model.endswith(".toml"):
+        assert config.tokenizer is not None, "the config requires it"
+        return Start(load_toml(config.model, ModelConfig), config.tokenizer, None)
+    location = config.model
+    if MARKER not in open_directory(location).children():
+        location = f"{config.output_dir}/initial"
+        if jax.process_index() == 0:
+            LOG.info("converting %s", config.model)
+            convert(config.model, location)
+        if jax.process_count() > 1:
+            jax.experimental.multihost_utils.sync_global_devices("converted")
+    checkpoint = open_checkpoint(location)
+    tokenizer = config.tokenizer or checkpoint.tokenizer_dir
+    return Start(checkpoint.config, tokenizer, checkpoint if config.init == "pretrained" else None)
+
+
+def initial_weights(config: SftConfig, start: Start, layout: Layout) -> Params:
+    """Stacked master weights."""
+    if start.checkpoint is None:
+        return random_weights(start.config, seed=config.seed, dtype=config.param_dtype, layout=layout)
+    return checkpoint_weights(start.checkpoint, dtype=config.param_dtype, layout=layout)
+
+
+def check_tokens(config: ModelConfig, data: Iterable[Examples], *, tokenizer: str) -> None:
+    """Raises a ValueError if a token has no row in the embedding."""
+    largest = max(int(segment.tokens.max()) for examples in data for segment in examples.segments)
+    if largest >= config.vocab_size:
+        raise ValueError(f"{tokenizer}: token {largest} lies outside the model's vocabulary of {config.vocab_size}")
+
+
+def make_stream(config: SftConfig, train: Examples) -> BatchStream:
+    """Batches in their order, from the first step on."""
+    plan = plan_steps(
+        [segment.slots for segment in train.segments],
+        row_length=config.sequence_length,
+        rows_per_step=config.rows_per_step,
+        seed=config.seed,
+        steps=config.last_step,
+    )
+    return BatchStream(train.segments, plan, row_length=config.sequence_length)
+
+
+def run_identity(config: SftConfig, model: ModelConfig, train: Examples) -> dict[str, Any]:
+    """What must not change between the parts of an interrupted run; mesh, intervals and micro-batches may."""
+    settings = config.model_dump(
+        mode="json",
+        include={
+            "model", "init", "sequence_length", "rows_per_step", "steps", "seed", "param_dtype", "compute_dtype", "optimizer"
+        },
+    )  # fmt: skip
+    return {**settings, "architecture": model.model_dump(mode="json"), "train_data": train.fingerprint()}
+
+
+def make_evaluate(
+    config: SftConfig, loss: Loss, held_out: Examples, *, place: Callable[[PackedRows], Any]
+) -> Callable[[Params], float]:
+    """Builds ``evaluate(params) -> mean loss`` over every trained token of the held-out examples."""
+    rows = plan_rows([segment.slots for segment in held_out.segments], row_length=config.sequence_length)
+    rows += [[]] * (-len(rows) % config.rows_per_step)
+    batches = [
+        fill_rows(
+            [[held_out.segments[i] for i in row] for row in rows[start : start + config.rows_per_step]],
+            row_length=config.sequence_length,
+        )
+        for start in range(0, len(rows), config.rows_per_step)
+    ]
+    evaluate_batch = make_eval_step(loss)
+
+    def evaluate(params: Params) -> float:
+        sums = [evaluate_batch(params, place(batch)) for batch in batches]
+        return float(np.sum([total for total, _ in sums], dtype=np.float64) / sum(int(count) for _, count in sums))
+
+    return evaluate
+
+
+def finish(config: SftConfig, start: Start, state: TrainState, *, store: TrainStore) -> SftReport:
+    """Writes the final weights as a checkpoint."""
+    last = int(state.step)
+    chosen = store.best_step() if config.final == "best" else last
+    assert chosen is not None, "the last step is always evaluated"
+    if chosen != last:
+        state = store.restore(chosen, abstract_state(state))
+    dest = f"{config.output_dir}/model-{chosen:06d}"
+    identity = json.dumps([run_identity_of(store, chosen), chosen, config.final_dtype], sort_keys=True)
+    write_checkpoint(
+        dest,
+        state.params,
+        start.config,
+        dtype=config.final_dtype,
+        files=companion_files(start.tokenizer_dir),
+        identity=hashlib.sha256(identity.encode()).hexdigest(),
+        origin=f"qwq-jax sft of {config.model}, step {chosen}",
+    )
+    LOG.info("step %d of %d done; the model is %s", last, config.steps, dest)
+    return SftReport(step=last, model=dest, metrics=Path(config.output_dir) / "metrics.jsonl")
+
+
+def run_identity_of(store: TrainStore, step: int) -> dict[str, Any]:
+    """The identity that a stored step was trained with."""
+    return store.record(step)["identity"]
+
+
+def describe(config: SftConfig, model: ModelConfig, train: Examples, held_out: Examples | None) -> None:
+    """Logs what is about to happen."""
+    slots = sum(segment.slots for segment in train.segments)
+    per_step = config.rows_per_step * config.sequence_length
+    LOG.info(
+        "%.3f M parameters; %d sequences of %d tokens, %d of them trained (%d left out as too long); "
+        "%d steps of %d tokens, about %.2f epochs",
+        model.num_parameters / 1e6,
+        len(train.segments),
+        slots,
+        train.trained_tokens,
+        train.too_long,
+        config.last_step,
+        per_step,
+        config.last_step * per_step / slots,
+    )
+    if held_out is not None:
+        LOG.info("held out: %d sequences, %d trained tokens", len(held_out.segments), held_out.trained_tokens)
+
+
+def progress_bar() -> Progress:
+    """Steps, loss, tokens a second, time left; nothing on the processes but the first."""
+    return Progress(
+        TextColumn("step"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        disable=jax.process_index() != 0,
+    )
+
+
+def reporter(progress: Progress, *, done: int, steps: int) -> Callable[[int, Mapping[str, float]], None]:
+    """Builds the callback that shows a step, and logs those with a held-out loss."""
+    task = progress.add_task("", total=steps, completed=done)
+
+    def report(step: int, values: Mapping[str, float]) -> None:
+        text = f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tokens/s"
+        progress.update(task, completed=step, description=text)
+        if "eval_loss" in values and jax.process_index() == 0:
+            progress.console.print(f"step {step}/{steps}  {text}  held-out loss {values['eval_loss']:.4f}")
+
+    return report
