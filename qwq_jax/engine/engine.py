@@ -1,13 +1,16 @@
 """The engine: requests in, completions out, by continuous batching.
 
-The loop is plain Python: ask the scheduler for work, lay it out as arrays, hand them to the runner, give each sequence the token
-that was drawn for it.  What runs the step is a `Runner`; on devices that is `runner.DeviceRunner`.
+The loop is plain Python: ask the scheduler for work, lay it out as arrays, hand them to the runner, give each sequence
+the token that was drawn for it.  What runs the step is a `Runner`; on devices that is `runner.DeviceRunner`.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 
+from qwq_jax.checkpoint.store import open_checkpoint, restore_params
+from qwq_jax.config.engine import EngineConfig
+from qwq_jax.config.mesh import MeshConfig
 from qwq_jax.engine.request import (
     Completion,
     FinishReason,
@@ -18,8 +21,10 @@ from qwq_jax.engine.request import (
     TokenLogprob,
     sample_seed,
 )
+from qwq_jax.engine.runner import DeviceRunner
 from qwq_jax.engine.scheduler import Scheduler
 from qwq_jax.engine.step import Runner, Schedule, StepBuilder, StepResult, Work
+from qwq_jax.sharding import decode_layout, make_mesh
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,15 @@ class Engine:
         self._builder = StepBuilder(self._shape)
         self._sequences: dict[str, list[Sequence]] = {}
         self._arrivals = 0
+
+    @classmethod
+    def from_checkpoint(cls, path: str, *, mesh: MeshConfig, config: EngineConfig, run_seed: int = 0) -> "Engine":
+        """Restore a checkpoint straight onto the devices of a mesh."""
+        checkpoint = open_checkpoint(path)
+        layout = decode_layout(make_mesh(mesh))
+        params = restore_params(checkpoint, layout, config.compute_dtype)
+        runner = DeviceRunner(checkpoint.config, params, layout, config)
+        return cls(runner, checkpoint.config.vocab_size, checkpoint.config.eos_token_ids, run_seed)
 
     @property
     def busy(self) -> bool:
@@ -169,7 +183,7 @@ class Engine:
         for output in self.run(requests, stop_checkers):
             yield from output.completions
 
-    def stream(self, request: Request, stop_checkers: StopFactory | None = None) -> Iterator[NewToken]:
+    def stream(self, request: Request, stop_checkers: StopFactory | None = None) -> Generator[NewToken, None, None]:
         """Serve one request, token by token; closing the iterator cancels it."""
         self.add(request, stop_checkers)
         pending: deque[NewToken] = deque()

@@ -1,7 +1,7 @@
 """What goes into the engine and what comes out of it: token ids, never text.
 
-`Request` in, `Completion` out; between the two each of a request's `n` samples is one `Sequence`, the only mutable thing
-the scheduler keeps about it.  Nothing here knows JAX, pages or devices.
+`Request` in, `Completion` out; between the two each of a request's `n` samples is one `Sequence`, the only mutable
+thing the scheduler keeps about it.  Nothing here knows JAX, pages or devices.
 """
 
 import hashlib
@@ -45,9 +45,9 @@ class TokenLogprob:
 class Completion:
     """Sample `index` of request `request_id`.
 
-    `token_ids` are exactly the tokens drawn, the one that ended the sequence included; `stop_token_id` is that token if it
-    was an end or stop token, and None after a stop string or at the length limit.  `logprobs`, when the request asked for
-    them, has one entry for each token.
+    `token_ids` are exactly the tokens drawn, the one that ended the sequence included; `stop_token_id` is that token if
+    it was an end or stop token, and None after a stop string or at the length limit.  `logprobs`, when the request
+    asked for them, has one entry for each token.
     """
 
     request_id: str
@@ -83,8 +83,8 @@ class Sequence:
     """One sample in flight.
 
     `tokens` is the prompt and everything drawn so far; the keys and values of the first `computed` of them are in
-    `pages` of replica `replica`.  A preempted sequence goes back to `computed == 0` without pages, and keeps its tokens:
-    they are its prompt now.
+    `pages` of replica `replica`.  A preempted sequence goes back to `computed == 0` without pages, and keeps its
+    tokens: they are its prompt now.
     """
 
     request: Request

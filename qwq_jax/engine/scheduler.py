@@ -1,10 +1,10 @@
 """Which sequences run in the next step: first come first served, in pages, without deadlock.
 
-Every running sequence has a row and pages on one replica.  A waiting one is admitted when some replica has a row and the
-pages for all its tokens, and one more page for each sequence that runs there.  A sequence that decodes past its last page takes
-another; if none is free, the youngest sequence of that replica gives up its pages and goes back to the waiting line at the
-place of its arrival, to compute its tokens again.  So the oldest sequence always goes on, and, since each fits a replica's
-pages alone, all end.
+Every running sequence has a row and pages on one replica.  A waiting one is admitted when some replica has a row and
+the pages for all its tokens, and one more page for each sequence that runs there.  A sequence that decodes past its
+last page takes another; if none is free, the youngest sequence of that replica gives up its pages and goes back to the
+waiting line at the place of its arrival, to compute its tokens again.  So the oldest sequence always goes on, and,
+since each fits a replica's pages alone, all end.
 """
 
 import heapq

@@ -1,7 +1,7 @@
 """One device step as arrays: what the scheduler's decision looks like to the runner.
 
-numpy only.  Every array has a leading replica axis `R`; a replica's rows are its `Bd` decode rows, which own the first `Bd`
-flat token positions, followed by `Bp` prefill rows, whose chunks lie back to back in the `Tp` positions after that.
+numpy only.  Every array has a leading replica axis `R`; a replica's rows are its `Bd` decode rows, which own the first
+`Bd` flat token positions, followed by `Bp` prefill rows, whose chunks lie back to back in the `Tp` positions after.
 """
 
 from dataclasses import dataclass

@@ -1,0 +1,85 @@
+"""Between text and tokens: a line's prompt as token ids, stop strings, and a completion as text.  No JAX."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from qwq_jax.chat import THINK_CLOSE, THINK_OPEN, ChatTokenizer, IncrementalDetokenizer, split_thinking
+from qwq_jax.engine.request import Completion, Request, TokenLogprob
+from qwq_jax.jobs.batch_file import Choice, PromptLine
+
+# More than enough tokens to hold "<think>" and the line breaks after it.
+_TAIL = 16
+
+
+def prompt_ids(line: PromptLine, tokenizer: ChatTokenizer) -> tuple[int, ...]:
+    """The prompt of a line as token ids; ValueError if the messages cannot be rendered."""
+    if line.messages is not None:
+        return tuple(tokenizer.apply_template(line.messages))
+    if line.prompt is not None:
+        return tuple(tokenizer.encode(line.prompt))
+    assert line.prompt_token_ids is not None, "a line has one of three prompts"
+    return line.prompt_token_ids
+
+
+class StopStrings:
+    """Watches the text of one sequence as its tokens come; the engine's `StopChecker`."""
+
+    def __init__(self, detokenizer: IncrementalDetokenizer, stop: Sequence[str]) -> None:
+        self._detokenizer = detokenizer
+        self._stop = tuple(stop)
+        self._overlap = max(map(len, stop)) - 1
+        self._tail = ""
+
+    @classmethod
+    def factory(cls, tokenizer: ChatTokenizer, request: Request) -> "StopStrings":
+        """One for each sample of a request."""
+        return cls(tokenizer.detokenizer(), request.params.stop)
+
+    def push(self, token_id: int) -> bool:
+        """Takes the next token; True once a stop string is complete."""
+        text = self._tail + self._detokenizer.push(token_id)
+        self._tail = text[-self._overlap :] if self._overlap else ""
+        return any(stop in text for stop in self._stop)
+
+
+def choice_of(completion: Completion, request: Request, tokenizer: ChatTokenizer) -> Choice:
+    """A completion as text: cut before a stop string, thoughts apart from the answer."""
+    text = _before(tokenizer.decode(completion.token_ids), request.params.stop)
+    opened = prompt_opens_thinking(request.prompt_token_ids, tokenizer)
+    reasoning, content = split_thinking(text, opened)
+    return Choice(
+        completion.index,
+        content,
+        reasoning,
+        completion.finish_reason.value,
+        completion.token_ids,
+        0 if reasoning is None else _reasoning_tokens(completion.token_ids, tokenizer),
+        None if completion.logprobs is None else tuple(_logprob(entry, tokenizer) for entry in completion.logprobs),
+    )
+
+
+def prompt_opens_thinking(prompt: Sequence[int], tokenizer: ChatTokenizer) -> bool:
+    """Whether the prompt ends in an opening tag, so that the completion begins inside the thoughts."""
+    return tokenizer.decode(prompt[-_TAIL:]).rstrip().endswith(THINK_OPEN)
+
+
+def _before(text: str, stop: Sequence[str]) -> str:
+    found = [at for at in (text.find(each) for each in stop) if at >= 0]
+    return text[: min(found)] if found else text
+
+
+def _reasoning_tokens(tokens: Sequence[int], tokenizer: ChatTokenizer) -> int:
+    """Tokens up to the closing tag, itself included; all where it never came."""
+    closing = StopStrings(tokenizer.detokenizer(), (THINK_CLOSE,))
+    return next((count for count, token in enumerate(tokens, start=1) if closing.push(token)), len(tokens))
+
+
+def _logprob(entry: TokenLogprob, tokenizer: ChatTokenizer) -> dict[str, Any]:
+    top = [_token(token, logprob, tokenizer) for token, logprob in entry.top]
+    return {**_token(entry.token_id, entry.logprob, tokenizer), "top_logprobs": top}
+
+
+def _token(token_id: int, logprob: float, tokenizer: ChatTokenizer) -> dict[str, Any]:
+    """A token in OpenAI's shape; a part of a character has no text of its own, and bytes null."""
+    text = tokenizer.decode([token_id], skip_special_tokens=False)
+    return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}

@@ -1,0 +1,151 @@
+"""`qwq-jax generate`: answer a file of requests; killed at any point, the same command goes on where it stood."""
+
+import functools
+import hashlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qwq_jax.chat import ChatTokenizer
+from qwq_jax.checkpoint.store import Checkpoint, open_checkpoint
+from qwq_jax.config.engine import EngineConfig
+from qwq_jax.config.mesh import MeshConfig
+from qwq_jax.engine.engine import Engine
+from qwq_jax.engine.request import Completion, Request
+from qwq_jax.interrupt import Interrupted, StopRequested
+from qwq_jax.jobs.answer import StopStrings, choice_of, prompt_ids
+from qwq_jax.jobs.batch_file import BadLine, Choice, PromptLine, count_lines, error_line, read_batch, result_line
+from qwq_jax.jobs.progress import BatchProgress
+from qwq_jax.jobs.result_file import ResultFile, file_fingerprint
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GenerateReport:
+    """What a run did.
+
+    Attributes:
+        requests: Lines of the input.
+        answered: Lines that this run answered, errors included.
+        errors: Lines that this run answered with an error.
+        generated_tokens: Tokens that this run drew.
+        tokens_per_second: These by the wall time of the run without its start.
+        compiles: Programs that were compiled for it.
+    """
+
+    requests: int
+    answered: int = 0
+    errors: int = 0
+    generated_tokens: int = 0
+    tokens_per_second: float = 0.0
+    compiles: int = 0
+
+
+def generate(
+    checkpoint: str, input: Path, output: Path, *, engine: EngineConfig, mesh: MeshConfig, seed: int = 0
+) -> GenerateReport:
+    """Answers the requests of `input` that `output` does not answer yet.
+
+    Args:
+        checkpoint: Directory, local or ``gs://``.
+        input: JSONL of requests, see `batch_file`.
+        output: JSONL of answers, see `result_file`; in the order of the input once all are there.
+        engine: Sizes of the engine; of these only types and context change an answer.
+        mesh: Devices; a run may go on on another mesh.
+        seed: Decides, with the name of a request, the tokens of one that has no seed.
+
+    Raises:
+        ValueError: The input, the output or the checkpoint cannot be used.
+        Interrupted: A signal asked to stop; all that was answered is saved.
+    """
+    if not input.is_file():
+        raise ValueError(f"{input}: no such file")
+    if output.exists() and output.samefile(input):
+        raise ValueError(f"{output} is the input: choose another output")
+    opened = open_checkpoint(checkpoint)
+    total = count_lines(input)
+    with StopRequested() as stop, ResultFile(output, _origin(opened, input, engine, seed)) as results:
+        if len(results.done) == total:
+            results.finish()
+            _log.info("%s: all %d requests are answered", output, total)
+            return GenerateReport(total)
+        tokenizer = ChatTokenizer.from_directory(opened.tokenizer_dir)
+        server = Engine.from_checkpoint(checkpoint, mesh=mesh, config=engine, run_seed=seed)
+        with BatchProgress(total, len(results.done)) as progress:
+            batch = _Batch(server, tokenizer, results, model=Path(checkpoint.rstrip("/")).name)
+            for output_of_step in server.run(batch.requests(input), functools.partial(StopStrings.factory, tokenizer)):
+                for completion in output_of_step.completions:
+                    batch.take(completion)
+                progress.update(len(results.done), len(output_of_step.tokens))
+                if stop():
+                    results.sync()
+                    raise Interrupted(
+                        f"{len(results.done)} of {total} requests are answered in {output}; the same command goes on"
+                    )
+            progress.update(len(results.done), 0)
+            assert len(results.done) == total, "a line was lost"
+            results.finish()
+            return GenerateReport(
+                total,
+                batch.answered,
+                batch.errors,
+                server.stats.generated_tokens,
+                progress.tokens_per_second,
+                server.runner.compiles,
+            )
+
+
+@dataclass
+class _Batch:
+    """The lines in flight: what was asked, and the samples that have come so far."""
+
+    engine: Engine
+    tokenizer: ChatTokenizer
+    results: ResultFile
+    model: str
+    answered: int = 0
+    errors: int = 0
+    _lines: dict[str, tuple[PromptLine, Request, list[Choice]]] = field(default_factory=dict)
+
+    def requests(self, path: Path) -> Iterator[Request]:
+        """The lines still to be served, as they are pulled; bad ones are answered on the way."""
+        already = frozenset(self.results.done)
+        for line in read_batch(path):
+            if line.number in already:
+                continue
+            if isinstance(line, PromptLine):
+                try:
+                    request = Request(line.custom_id, prompt_ids(line, self.tokenizer), line.params)
+                    self.engine.check(request)
+                except ValueError as error:
+                    line = BadLine(line.number, line.custom_id, f"line {line.number}: {error}")
+            if isinstance(line, BadLine):
+                self.results.append(error_line(line))
+                self.answered += 1
+                self.errors += 1
+                continue
+            self._lines[line.custom_id] = (line, request, [])
+            yield request
+
+    def take(self, completion: Completion) -> None:
+        """Note a sample; the last one of a line completes it."""
+        line, request, choices = self._lines[completion.request_id]
+        choices.append(choice_of(completion, request, self.tokenizer))
+        if len(choices) == line.params.n:
+            del self._lines[completion.request_id]
+            self.results.append(result_line(line, choices, len(request.prompt_token_ids), self.model))
+            self.answered += 1
+
+
+def _origin(checkpoint: Checkpoint, input: Path, engine: EngineConfig, seed: int) -> dict[str, object]:
+    """All that an answer depends on, by the names that an error message calls them."""
+    return {
+        "checkpoint": hashlib.sha256(checkpoint.manifest.to_json()).hexdigest(),
+        "input": file_fingerprint(input),
+        "compute_dtype": engine.compute_dtype,
+        "cache_dtype": engine.cache_dtype or engine.compute_dtype,
+        "max_context": engine.max_context or checkpoint.config.max_position_embeddings,
+        "seed": seed,
+    }
