@@ -1,4 +1,4 @@
-"""The whole story on the embedded model: convert, answer held-out problems on a mesh, mark them, hand the model back."""
+"""The whole story on the embedded model: convert, answer held-out problems on a mesh, mark them, hand it back."""
 
 import itertools
 import json
