@@ -45,6 +45,8 @@ class ResultFile:
         self._clock = clock
         self._offsets: dict[int, tuple[int, int]] = {}
         self._in_order = True
+        self._last = 0
+        self._end = 0
         self._unsynced = False
         self._synced_at = clock()
 
@@ -161,7 +163,6 @@ class ResultFile:
 
     def _recover(self) -> None:
         """Find the answered lines, and cut off a torn one."""
-        self._end = 0
         with self.path.open("rb") as file:
             for index, raw in enumerate(file, start=1):
                 if not raw.endswith(b"\n"):
@@ -177,14 +178,11 @@ class ResultFile:
             os.ftruncate(self._file, self._end)
 
     def _note(self, number: int, length: int) -> None:
-        self._in_order = self._in_order and number > max(self._last, 0)
+        self._in_order = self._in_order and number > self._last
         self._last = number
         self.done.add(number)
         self._offsets[number] = (self._end, length)
         self._end += length
-
-    _last = 0
-    _end = 0
 
 
 def _write_all(file: int, raw: bytes) -> None:
