@@ -138,7 +138,9 @@ def main() -> None:
         ]
         for job, seconds, peak in rows:
             memory = ("", "") if peak is None else (f"{peak / GIB:.2f}", f"{bound:.2f}")
-            table.add_row(str(layers), f"{size / 1e9:.1f}", job, f"{seconds:.1f}", f"{size / seconds / 1e6:.0f}", *memory)
+            table.add_row(
+                str(layers), f"{size / 1e9:.1f}", job, f"{seconds:.1f}", f"{size / seconds / 1e6:.0f}", *memory
+            )
     Console(width=110).print(table)
     if len(peaks) > 1:
         print(f"peak of convert, largest over smallest: {max(peaks) / min(peaks):.3f}")

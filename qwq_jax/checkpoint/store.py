@@ -274,7 +274,7 @@ def restore_params(checkpoint: Checkpoint, layout: Layout | None, dtype: Any = N
     arguments = ocp.args.PyTreeRestore(
         item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
     )
-    with ocp.Checkpointer(handler) as checkpointer, _os_errors(), explained(f"cannot read {checkpoint.path}"):
+    with ocp.Checkpointer(handler) as checkpointer, explained(f"cannot read {checkpoint.path}"), _os_errors():
         return checkpointer.restore(f"{checkpoint.path}/{PARAMS}", args=arguments)
 
 
@@ -339,7 +339,9 @@ def _orbax_metadata(spec: Mapping[str, ArraySpec]) -> dict[str, bytes]:
         "_CHECKPOINT_METADATA": {"item_handlers": handler, "metrics": {}, "custom_metadata": {}},
         "_METADATA": {"tree_metadata": tree, **formats, "custom_metadata": None},
     }
-    return {f"{PARAMS}/{name}": json.dumps(value).encode() for name, value in files.items()}
+    encoded = {f"{PARAMS}/{name}": json.dumps(value).encode() for name, value in files.items()}
+    # Orbax's own marker, which it asks for in buckets. Ours covers more, and is the one that counts.
+    return encoded | {f"{PARAMS}/commit_success.txt": b"Checkpoint commit was successful\n"}
 
 
 @contextmanager
@@ -349,6 +351,5 @@ def _os_errors() -> Iterator[None]:
         yield
     except ValueError as error:
         code = re.search(r"os_error_code='(\d+)'", str(error))
-        if code is None:
-            raise ValueError(str(error).split("[source locations")[0].split("[tensorstore_spec")[0].strip()) from error
-        raise OSError(int(code[1]), str(error)) from error
+        text = re.split(r"\[(?:source locations|tensorstore_spec)", str(error))[0].strip()
+        raise (OSError(text) if code is None else OSError(int(code[1]), text)) from error

@@ -278,7 +278,8 @@ def test_full_disk_is_foreseen(tmp_path: Path, refused: Callable[..., str], smal
     assert os.listdir(small_disk) == []
     assert command_line.main(["convert", source, str(tmp_path / "ours")]) == 0
     assert re.search(
-        r"\d+ bytes are needed and only \d+ are free", refused(str(tmp_path / "ours"), verb="export", dest=small_disk / "x")
+        r"\d+ bytes are needed and only \d+ are free",
+        refused(str(tmp_path / "ours"), verb="export", dest=small_disk / "x"),
     )
     assert os.listdir(small_disk) == []
 

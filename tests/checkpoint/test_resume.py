@@ -19,7 +19,15 @@ ROOT = Path(__file__).parents[2]
 
 def crash(tmp_path: Path, count: int) -> None:
     source = make_source(tmp_path / "hf", dtype="bfloat16", shards=2)
-    command = [sys.executable, "-m", "tests.checkpoint.crash_points", str(source), str(tmp_path), "20261123", str(count)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.checkpoint.crash_points",
+        str(source),
+        str(tmp_path),
+        "20261123",
+        str(count),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
