@@ -49,7 +49,10 @@ class HashRunner:
             for row, begin, end in rows:
                 prefix = self._read(plan, replica, row)
                 assert begin <= plan.sample_index[replica, row] == end - 1
-                tokens[replica, row] = next_token(prefix, int(plan.sampling.seed[replica, row]))
+                if plan.sampling.position[replica, row] == len(prefix):
+                    tokens[replica, row] = next_token(prefix, int(plan.sampling.seed[replica, row]))
+                else:
+                    assert row >= self.shape.max_sequences, "a decode row always draws its next token"
                 logprobs[replica, row] = -len(prefix)
         top = np.zeros((*size, MAX_TOP_LOGPROBS))
         return (
@@ -154,6 +157,7 @@ def test_preemption_happens_and_changes_nothing() -> None:
     requests = [make_request(f"r{i}", 6, max_tokens=20, ignore_eos=True) for i in range(6)]
     completions = list(engine.generate(requests))
     assert engine.scheduler.preemptions > 3, "the test is meant to run out of pages"
+    assert [c.request_id for c in completions] == [r.request_id for r in requests], "the oldest is meant to go on"
     check_answers(requests, completions, shape)
 
 
