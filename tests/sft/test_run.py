@@ -1,0 +1,173 @@
+"""The verb itself: a run killed and resumed is the run that was not, and bad input is one sentence."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from qwq_jax.__main__ import main
+from qwq_jax.checkpoint.store import open_checkpoint, read_param
+from qwq_jax.train.metrics import read_records
+from tests.sft.chat_directory import THINKING, VOCABULARY, write_tokenizer
+
+MODEL = f"""
+vocab_size = {VOCABULARY}
+hidden_size = 32
+num_layers = 2
+num_heads = 2
+num_kv_heads = 1
+head_dim = 16
+intermediate_size = 64
+rope_theta = 10_000.0
+rms_norm_eps = 1e-6
+tie_word_embeddings = true
+max_position_embeddings = 128
+eos_token_ids = [258]
+"""
+STEPS = 8
+
+# Sends itself a signal right after a step's record is written, before its checkpoint.
+KILLED = """
+import os, sys
+from qwq_jax.train import metrics
+number, at, arguments = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+write = metrics.MetricsLog.write
+def write_and_die(self, step, values):
+    write(self, step, values)
+    if step == at:
+        os.kill(os.getpid(), number)
+metrics.MetricsLog.write = write_and_die
+from qwq_jax.__main__ import main
+sys.exit(main(arguments))
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("recipe")
+    write_tokenizer(directory / "tokenizer", THINKING)
+    (directory / "model.toml").write_text(MODEL)
+    for name, numbers in (("train", range(10, 40)), ("held_out", range(50, 55))):
+        with (directory / f"{name}.jsonl").open("w") as file:
+            for n in numbers:
+                answer = {"role": "assistant", "content": f"<think>\n{n}+{n}\n</think>\n\n{2 * n}"}
+                file.write(json.dumps({"messages": [{"role": "user", "content": f"{n}+{n}?"}, answer]}) + "\n")
+    path = directory / "sft.toml"
+    path.write_text(f"""
+model = "{directory}/model.toml"
+init = "random"
+tokenizer = "{directory}/tokenizer"
+train_files = ["{directory}/train.jsonl"]
+eval_files = ["{directory}/held_out.jsonl"]
+output_dir = "{directory}/whole"
+sequence_length = 64
+rows_per_step = 8
+accumulation = 2
+steps = {STEPS}
+eval_every = 2
+save_every = 3
+remat = false
+compute_dtype = "float32"
+final_dtype = "float32"
+[optimizer]
+learning_rate = 1e-2
+warmup_steps = 2
+""")
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(recipe) -> Path:
+    assert main(["sft", str(recipe)]) == 0
+    return recipe.parent / "whole"
+
+
+def killed(recipe, output, *, signal, at) -> int:
+    command = [sys.executable, "-c", KILLED, str(signal), str(at), "sft", str(recipe), "--set", f"output_dir={output}"]
+    return subprocess.run(command, capture_output=True, check=False).returncode
+
+
+def without_times(path: Path) -> list[dict]:
+    timed = {"seconds", "tokens_per_second"}
+    return [{k: v for k, v in record.items() if k not in timed} for record in read_records(path / "metrics.jsonl")]
+
+
+def assert_same_run(left: Path, right: Path) -> None:
+    assert without_times(left) == without_times(right)
+    assert [record["step"] for record in without_times(left)] == list(range(1, STEPS + 1))
+    names = [record.path for record in open_checkpoint(f"{left}/model-{STEPS:06d}").manifest.tensors]
+    for name in names:
+        values = [read_param(open_checkpoint(f"{run}/model-{STEPS:06d}"), name) for run in (left, right)]
+        assert values[0].tobytes() == values[1].tobytes(), name
+    states = [ocp.PyTreeCheckpointer().restore(run / "checkpoints" / f"step_{STEPS:08d}" / "arrays") for run in (left, right)]
+    assert states[0].keys() == states[1].keys() and any("mu" in key for key in states[0])
+    for key, value in states[0].items():
+        assert np.asarray(value).tobytes() == np.asarray(states[1][key]).tobytes(), key
+    records = [(run / "checkpoints" / f"step_{STEPS:08d}" / "record.json").read_text() for run in (left, right)]
+    assert records[0] == records[1]
+
+
+def test_a_run_learns_and_leaves_an_ordinary_checkpoint(whole):
+    records = read_records(whole / "metrics.jsonl")
+    assert records[-1]["eval_loss"] < 0.8 * records[1]["eval_loss"]
+    checkpoint = open_checkpoint(f"{whole}/model-{STEPS:06d}")
+    assert checkpoint.dtype == np.float32 and {"tokenizer.json", "config.json"} <= set(checkpoint.manifest.files)
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["step_00000006", "step_00000008"]
+
+
+def test_killed_twice_and_resumed_it_is_bitwise_the_same_run(recipe, whole, tmp_path):
+    output = tmp_path / "run"
+    assert killed(recipe, output, signal=9, at=2) == -9
+    assert killed(recipe, output, signal=9, at=5) == -9
+    assert main(["sft", str(recipe), "--set", f"output_dir={output}"]) == 0
+    assert_same_run(output, whole)
+
+
+def test_a_termination_signal_saves_and_says_so(recipe, whole, tmp_path):
+    output = tmp_path / "run"
+    assert killed(recipe, output, signal=15, at=4) == 42
+    assert (output / "checkpoints" / "step_00000004" / "COMMITTED").exists()
+    assert main(["sft", str(recipe), "--set", f"output_dir={output}"]) == 0
+    assert_same_run(output, whole)
+
+
+def test_the_order_of_data_and_the_losses_are_those_of_any_mesh(recipe, whole, tmp_path):
+    output = tmp_path / "run"
+    mesh = ["--set", "mesh.data=2", "--set", "mesh.fsdp=2", "--set", "mesh.tensor=2"]
+    assert main(["sft", str(recipe), "--set", f"output_dir={output}", *mesh]) == 0
+    for left, right in zip(without_times(output), without_times(whole), strict=True):
+        assert left["tokens"] == right["tokens"]
+        # Eight steps of Adam amplify the rounding of sums in another order. Measured: 1e-5.
+        assert left["loss"] == pytest.approx(right["loss"], rel=2e-4)
+
+
+def test_training_goes_on_from_a_checkpoint(recipe, whole, tmp_path):
+    overrides = [f"model={whole}/model-{STEPS:06d}", "init=pretrained", f"output_dir={tmp_path}/next", "stop_after=3"]
+    assert main(["sft", str(recipe), *(part for o in overrides for part in ("--set", o))]) == 0
+    before = read_records(whole / "metrics.jsonl")
+    assert read_records(tmp_path / "next" / "metrics.jsonl")[0]["loss"] < 0.8 * before[0]["loss"]
+    assert open_checkpoint(f"{tmp_path}/next/model-000003").config == open_checkpoint(f"{whole}/model-{STEPS:06d}").config
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("seed=7", "was trained with seed = 0, this run has 7"),
+        ("train_files=[\"/absent.jsonl\"]", "/absent.jsonl: no such file"),
+        ("mesh.data=16", "rows_per_step 8 does not divide"),
+        ("rows_per_step=7", "rows_per_step 7 does not divide"),
+        ("optimizer.warmup_steps=8", "warmup_steps 8 is not below steps 8"),
+        ("tokenizer=/absent", "/absent: no tokenizer.json"),
+        ("model=/absent", "/absent"),
+        ("stepz=3", "stepz"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_2(recipe, whole, capsys, override, sentence):
+    assert main(["sft", str(recipe), "--set", override]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and "Traceback" not in error
+    assert without_times(whole)[-1]["step"] == STEPS

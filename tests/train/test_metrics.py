@@ -1,0 +1,31 @@
+import json
+
+from qwq_jax.train.metrics import MetricsLog, read_records
+
+
+def write(directory, steps, *, resume_step=0):
+    log = MetricsLog(directory, resume_step=resume_step)
+    for step in steps:
+        log.write(step, {"loss": step / 2})
+    log.close()
+    return directory / "metrics.jsonl"
+
+
+def test_a_resumed_log_has_every_step_once(tmp_path):
+    path = write(tmp_path, range(1, 8))
+    write(tmp_path, range(5, 11), resume_step=4)
+    assert read_records(path) == [{"step": step, "loss": step / 2} for step in range(1, 11)]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_line_that_a_crash_cut_is_dropped(tmp_path):
+    path = write(tmp_path, range(1, 4))
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')
+    write(tmp_path, [4], resume_step=3)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_a_new_run_starts_an_empty_file(tmp_path):
+    write(tmp_path, range(1, 4))
+    assert [record["step"] for record in read_records(write(tmp_path, [1]))] == [1]
