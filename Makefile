@@ -27,7 +27,7 @@ $(INSTALLED): requirements.lock pyproject.toml tools/install.sh
 install: $(INSTALLED)
 
 demo: $(INSTALLED)
-	$(call timed,$(BIN)/qwq-jax demo)
+	$(call timed,{ $(BIN)/qwq-jax demo && $(BIN)/python -m tools.compare_hf out/demo/checkpoint out/demo/exported; })
 
 test: $(INSTALLED)
 	$(call timed,$(BIN)/pytest -n $(WORKERS))

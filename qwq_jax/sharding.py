@@ -20,6 +20,7 @@ axis.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -126,12 +127,12 @@ class Layout:
         return self.table[axis]
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Builds the (data, fsdp, tensor) mesh.
 
     Args:
         config: Size of each axis.
-        devices: The devices to use, all by default; a mesh smaller than their number uses the first ones.
+        devices: The `jax.Device`s to use, all by default; a mesh smaller than their number uses the first ones.
 
     Raises:
         ValueError: There are fewer devices than the mesh needs.

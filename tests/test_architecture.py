@@ -33,7 +33,7 @@ LAYERS = {
     "__main__": 7,
 }
 # Neighbours of one layer that may see each other, one way.
-NEIGHBOURS = {("runtime", "interrupt")}
+NEIGHBOURS = {("runtime", "interrupt"), ("engine", "checkpoint")}
 
 # A third-party package, and the only files of ours that may import it.
 WALLS = {
@@ -61,7 +61,6 @@ JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 
 # Imports inside a function: of packages that may be absent, at the edge that needs them.
 OPTIONAL = {
-    "jobs/demo.py": {"torch", "transformers"},
     "rl/rewards/": {"math_verify", "reasoning_gym"},
     "checkpoint/gguf.py": {"gguf"},
 }

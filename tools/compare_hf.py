@@ -37,7 +37,7 @@ def our_logits(path: str, tokens: np.ndarray) -> np.ndarray:
 
 def main() -> int:
     """Compares, prints the largest difference, returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Compare transformers' logits with ours.")
     parser.add_argument("checkpoint")
     parser.add_argument("directory")
     parser.add_argument("--tokens", type=int, default=256, help="length of the random prompt")

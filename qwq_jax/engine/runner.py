@@ -89,11 +89,9 @@ class DeviceRunner:
 
 def engine_shape(model: ModelConfig, layout: Layout, config: EngineConfig) -> EngineShape:
     """Sizes of an engine on this mesh; without `num_pages`, room for every row's context as far as memory goes."""
-    max_context = config.max_context or model.max_position_embeddings
-    if max_context > model.max_position_embeddings:
-        raise ValueError(
-            f"max_context {max_context} is beyond the {model.max_position_embeddings} positions of the model"
-        )
+    max_context = config.max_context or model.max_context
+    if max_context > model.max_context:
+        raise ValueError(f"max_context {max_context} is beyond the {model.max_context} positions of the model")
     wanted = config.max_sequences * pages_for(max_context, config.page_size)
     return EngineShape(
         replicas=layout.size("replica"),

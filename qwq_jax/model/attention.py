@@ -72,13 +72,11 @@ def paged_attend(
 
         heads = layout.spec(("replica", None, "heads", None))
         shared = layout.spec(("replica", None, "kv_shared", None))
-        pages_spec = PagedLayer(layout.spec(CACHE_AXES), layout.spec(CACHE_AXES))
-        rows_spec = RaggedRows(*(layout.spec(("replica",)) for _ in rows))
         sharded = jax.shard_map(
             local,
             mesh=layout.mesh,
-            in_specs=(heads, shared, shared, pages_spec, rows_spec),
-            out_specs=(heads, pages_spec),
+            in_specs=(heads, shared, shared, layout.spec(CACHE_AXES), layout.spec(("replica",))),
+            out_specs=(heads, layout.spec(CACHE_AXES)),
             check_vma=False,  # the reference's scan starts from replicated zeros
         )
         return sharded(q, _share(layout, q, k), _share(layout, q, v), cache, rows)

@@ -49,6 +49,7 @@ class Transformer(nnx.Module):
         self.dtype = dtype
         self.remat = remat
         self.embed = Embed(config)
+        self.layers: Any  # one block whose arrays are stacked, or a list of blocks
         self.layers = Block(config) if stacked else nnx.List([Block(config) for _ in range(config.num_layers)])
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
