@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 
-class Frozen(BaseModel, frozen=True):
+class Frozen(BaseModel):
     """An immutable configuration that refuses unknown keys and never guesses a type.
 
     ``"3"`` is not an integer, ``1`` is not a boolean and ``nan`` is not a number. Two conversions that lose nothing are

@@ -29,7 +29,8 @@ def bind(config: ModelConfig, params: Mapping[str, jax.Array], *, dtype: Any, re
         ValueError: A parameter is missing, or not one of the model's.
     """
     stacked = not any(path.startswith("layers.0.") for path in params)
-    graph, state = _abstract(config, stacked, jnp.dtype(dtype), remat)
+    # A frozen pydantic model is hashable, which its base class does not say.
+    graph, state = _abstract(config, stacked, jnp.dtype(dtype), remat)  # pyright: ignore[reportArgumentType]
     flat = flatten(state)
     if flat.keys() != params.keys():
         wrong = sorted(flat.keys() ^ params.keys())
