@@ -302,7 +302,7 @@ def header_bytes(shard: Iterable[TensorPlan]) -> bytes:
 
 def write_bytes(file: BinaryIO, values: np.ndarray) -> None:
     """Appends the bytes of a C-contiguous array, in pieces that a bucket's client can hold."""
-    data = memoryview(values.reshape(-1).view(np.uint8))
+    data = values.reshape(-1).view(np.uint8).data
     step = 64 << 20
     for start in range(0, len(data), step):
         file.write(data[start : start + step])

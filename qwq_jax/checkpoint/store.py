@@ -278,19 +278,28 @@ def restore_params(checkpoint: Checkpoint, layout: Layout | None, dtype: Any = N
         return checkpointer.restore(f"{checkpoint.path}/{PARAMS}", args=arguments)
 
 
-def read_param(checkpoint: Checkpoint, name: str, order: Sequence[int] | None = None) -> np.ndarray:
+def read_param(
+    checkpoint: Checkpoint, name: str, order: Sequence[int] | None = None, out: np.ndarray | None = None
+) -> np.ndarray:
     """Reads one parameter into host memory.
 
     Args:
         checkpoint: From `open_checkpoint`.
         name: Dotted path.
-        order: Permute the dimensions so on the way, which is faster than afterwards; the result is C-contiguous.
+        order: Permute the dimensions so on the way, which is faster than afterwards.
+        out: Bytes to read into, as many as the parameter has; new memory otherwise.
+
+    Returns:
+        The C-contiguous parameter, a view of `out` if given.
     """
+    spec = checkpoint.spec[name]
+    shape = spec.shape if order is None else tuple(spec.shape[axis] for axis in order)
+    values = np.empty(shape, spec.dtype) if out is None else out.view(spec.dtype).reshape(shape)
     folder = f"{checkpoint.path}/{PARAMS}/{name}"
     with explained(f"cannot read {folder}"), _os_errors():
         store = ts.open({"driver": "zarr3", "kvstore": _kvstore(folder)}, open=True).result()
-        view = store if order is None else store.transpose(list(order))
-        return view.read(order="C").result()
+        ts.array(values).write(store if order is None else store.transpose(list(order))).result()
+    return values
 
 
 def _kvstore(path: str) -> dict[str, Any]:

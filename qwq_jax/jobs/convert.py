@@ -1,11 +1,10 @@
 """`qwq-jax convert`: a Hugging Face checkpoint becomes an Orbax checkpoint, in bounded memory, resumably.
 
-One thread reads tensors in the order of the source's files, another hashes them, a few write. A budget of bytes keeps
+One thread reads tensors in the order of the source's files, another hashes them, a few write. A pool of buffers keeps
 what is in flight below twice the largest tensor, however many layers there are.
 """
 
 import hashlib
-import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +21,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from qwq_jax.checkpoint.buffers import BufferPool
 from qwq_jax.checkpoint.directory import explained
 from qwq_jax.checkpoint.huggingface import Source, TensorInfo, has_nonfinite, open_source
 from qwq_jax.checkpoint.manifest import TensorRecord
@@ -183,32 +183,6 @@ class NonFiniteError(ValueError):
     """A weight is NaN or infinite."""
 
 
-class _ByteBudget:
-    """Lets threads hold at most `limit` bytes together; `close` makes every waiter return False."""
-
-    def __init__(self, limit: int):
-        self._limit = limit
-        self._used = 0
-        self._closed = False
-        self._changed = threading.Condition()
-
-    def acquire(self, count: int) -> bool:
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._used + count <= self._limit)
-            self._used += count
-            return not self._closed
-
-    def release(self, count: int) -> None:
-        with self._changed:
-            self._used -= count
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-
-
 class _Pipeline:
     """Reads in this thread, hashes in a second, writes in a few more; the first error stops all."""
 
@@ -218,7 +192,7 @@ class _Pipeline:
         self._allow_nan = allow_nan
         self._advance = lambda count: progress.advance(task, count)
         largest = max(tensor.nbytes for tensor in source.tensors.values())
-        self._budget = _ByteBudget(2 * largest)
+        self._buffers = BufferPool(2 * largest)
 
     def run(self, todo: list[tuple[NamePair, TensorInfo]]) -> None:
         """Converts these tensors, given in the order of their files."""
@@ -226,24 +200,19 @@ class _Pipeline:
         pending: list[Future[None]] = []
         with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(WRITERS) as writers:
             for index, (row, info) in enumerate(todo):
-                if not self._budget.acquire(info.nbytes):
+                buffer = self._buffers.borrow(info.nbytes)
+                if buffer is None:
                     break
-                try:
-                    values, digest = self._read(info, hasher)
-                except BaseException:
-                    self._budget.close()
-                    raise
-                pending.append(writers.submit(self._write, row, info, values, digest))
-                del values
+                digest = self._read(info, buffer, hasher)
+                pending.append(writers.submit(self._write, row, info, buffer, digest))
                 if last[info.file] == index:
                     self._source.directory.release(info.file)
         for future in pending:
             future.result()
 
-    def _read(self, info: TensorInfo, hasher: ThreadPoolExecutor) -> tuple[np.ndarray, Future[str]]:
+    def _read(self, info: TensorInfo, buffer: np.ndarray, hasher: ThreadPoolExecutor) -> Future[str]:
         where = self._source.locate(info.name)
-        values = np.empty(info.shape, info.dtype)
-        data = memoryview(values.reshape(-1).view(np.uint8))
+        data = buffer.data
         running = hashlib.sha256()
         with explained(f"cannot read {where}"):
             self._source.directory.fetch(info.file)
@@ -254,9 +223,9 @@ class _Pipeline:
                 if not self._allow_nan and has_nonfinite(np.frombuffer(piece, info.dtype)):
                     raise NonFiniteError(f"{where} holds NaN or infinity (--allow-nan accepts it)")
                 self._advance(len(piece))
-        return values, hasher.submit(running.hexdigest)
+        return hasher.submit(running.hexdigest)
 
-    def _write(self, row: NamePair, info: TensorInfo, values: np.ndarray, digest: Future[str]) -> None:
+    def _write(self, row: NamePair, info: TensorInfo, buffer: np.ndarray, digest: Future[str]) -> None:
         try:
             record = TensorRecord(
                 path=row.path,
@@ -266,9 +235,9 @@ class _Pipeline:
                 source_dtype=info.dtype.name,
                 sha256=digest.result(),
             )
+            values = buffer.view(info.dtype).reshape(info.shape)
             self._writer.write(row.to_parameter(values), record)
         except BaseException:
-            self._budget.close()
+            self._buffers.close()
             raise
-        finally:
-            self._budget.release(info.nbytes)
+        self._buffers.give_back(buffer)

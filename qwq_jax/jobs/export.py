@@ -1,11 +1,12 @@
 """`qwq-jax export`: a checkpoint becomes a Hugging Face directory, in bounded memory, resumably, verified by hash.
 
-The files grow in a directory beside the destination that takes its name when the last one is durable. In a bucket, where a
-directory cannot be renamed, they grow in place and config.json, without which nothing loads, comes last.
+The files grow in a directory beside the destination, which takes its name when the last one is durable. A bucket's
+directory cannot be renamed: there they grow in place, and config.json, without which nothing loads, comes last.
 """
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from typing import BinaryIO
 import numpy as np
 from rich.progress import Progress, TaskID
 
+from qwq_jax.checkpoint.buffers import BufferPool
 from qwq_jax.checkpoint.directory import TEMPORARY, Directory, LocalDirectory, explained, open_directory
 from qwq_jax.checkpoint.huggingface import INDEX, TensorPlan, header_bytes, index_json, plan_shards, write_bytes
 from qwq_jax.checkpoint.names import NamePair, name_table
@@ -177,6 +179,8 @@ class _Export:
         self._reader = reader
         self._advance = lambda count: progress.advance(task, count)
         self._records = {record.path: record for record in checkpoint.manifest.tensors}
+        largest = max(math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in checkpoint.spec.values())
+        self._buffers = BufferPool(2 * largest)
         self.verified = 0
 
     def write_shard(self, file: BinaryIO, shard: list[TensorPlan]) -> None:
@@ -184,21 +188,24 @@ class _Export:
         file.write(header_bytes(shard))
         ahead = self._reader.submit(self._read, shard[0])
         for index, plan in enumerate(shard):
-            values = ahead.result()
+            buffer = ahead.result()
             if index + 1 < len(shard):
                 ahead = self._reader.submit(self._read, shard[index + 1])
-            self._write(file, plan, values)
+            self._write(file, plan, buffer)
+            self._buffers.give_back(buffer)
 
     def _read(self, plan: TensorPlan) -> np.ndarray:
         row = self._rows[plan.name]
-        return read_param(self._checkpoint, row.path, order=row.inverse).reshape(plan.shape)
+        buffer = self._buffers.borrow(plan.nbytes)
+        assert buffer is not None
+        read_param(self._checkpoint, row.path, order=row.inverse, out=buffer)
+        return buffer
 
-    def _write(self, file: BinaryIO, plan: TensorPlan, values: np.ndarray) -> None:
+    def _write(self, file: BinaryIO, plan: TensorPlan, buffer: np.ndarray) -> None:
         record = self._records[self._rows[plan.name].path]
-        assert values.dtype == plan.dtype, plan
         with ThreadPoolExecutor(1) as hasher:
-            digest = hasher.submit(lambda: hashlib.sha256(values.reshape(-1).view(np.uint8)).hexdigest())
-            write_bytes(file, values)
+            digest = hasher.submit(lambda: hashlib.sha256(buffer.data).hexdigest())
+            write_bytes(file, buffer)
             if record.is_verbatim:
                 if digest.result() != record.sha256:
                     raise ValueError(

@@ -1,4 +1,4 @@
-"""What `test_remote.py` runs against a bucket, in a process whose environment points at the fake server from the start."""
+"""What `test_remote.py` runs against a bucket, in a process that knew the fake server from its start."""
 
 import sys
 from pathlib import Path
