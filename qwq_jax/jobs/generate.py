@@ -146,6 +146,6 @@ def _origin(checkpoint: Checkpoint, input: Path, engine: EngineConfig, seed: int
         "input": file_fingerprint(input),
         "compute_dtype": engine.compute_dtype,
         "cache_dtype": engine.cache_dtype or engine.compute_dtype,
-        "max_context": engine.max_context or checkpoint.config.max_position_embeddings,
+        "max_context": engine.max_context or checkpoint.config.max_context,
         "seed": seed,
     }
