@@ -57,9 +57,7 @@ class TrainStore:
         """The record the checkpoint was saved with."""
         return json.loads((self._path(step) / "record.json").read_text())["record"]
 
-    def save(
-        self, step: int, arrays: Any, record: Mapping[str, Any], *, metric: float | None = None
-    ) -> None:
+    def save(self, step: int, arrays: Any, record: Mapping[str, Any], *, metric: float | None = None) -> None:
         """Writes and commits a checkpoint, then deletes the ones that are no longer kept. Every process calls it.
 
         Saving a step that is there already does nothing.
@@ -129,7 +127,7 @@ class TrainStore:
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """The leaves of `tree`, each under the name of its place: ``params/layers.mlp.up_kernel``, ``opt_state/1/count``."""
+    """The leaves of `tree`, under the name of its place: ``params|layers.mlp.up_kernel``, ``opt_state|1|count``."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     flat = {jax.tree_util.keystr(path, simple=True, separator="|"): leaf for path, leaf in leaves}
     assert len(flat) == len(leaves), "two leaves share a name"

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qwq_jax.chat import ChatTokenizer
@@ -46,6 +48,13 @@ from qwq_jax.train.step import Loss, make_eval_step, make_train_step
 from qwq_jax.train.weights import checkpoint_weights, companion_files, random_weights, write_checkpoint
 
 LOG = logging.getLogger(__name__)
+
+# Settings that decide what is computed; the mesh, intervals and micro-batches do not.
+IDENTITY = {"model", "init", "sequence_length", "rows_per_step", "steps", "seed"} | {
+    "param_dtype",
+    "compute_dtype",
+    "optimizer",
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ class SftReport:
 
     step: int
     model: str
-    metrics: Path
+    metrics: str
 
 
 def sft(config: SftConfig) -> SftReport:
@@ -86,7 +95,7 @@ def sft(config: SftConfig) -> SftReport:
         Interrupted: A signal asked to stop; everything is saved.
     """
     layout = train_layout(make_mesh(config.mesh))
-    output = Path(config.output_dir)
+    output = epath.Path(config.output_dir)
     start = open_start(config)
     tokenizer = ChatTokenizer.from_directory(start.tokenizer_dir)
     read = partial(
@@ -102,7 +111,7 @@ def sft(config: SftConfig) -> SftReport:
     state = init_state(initial_weights(config, start, layout), optimizer)
     stream = make_stream(config, train)
     identity = run_identity(config, start.config, train)
-    store = TrainStore(epath.Path(output) / "checkpoints", keep=config.keep)
+    store = TrainStore(output / "checkpoints", keep=config.keep)
     state = resume(state, store, stream, identity=identity)
     step = int(state.step)
     if step:
@@ -123,13 +132,12 @@ def sft(config: SftConfig) -> SftReport:
         learning_rate=schedule,
     )
     intervals = Intervals(steps=config.last_step, eval_every=config.eval_every, save_every=config.save_every)
-    log = MetricsLog(output, resume_step=step) if jax.process_index() == 0 else None
-    trainer = Trainer(work, stream=stream, store=store, log=log, intervals=intervals, identity=identity)
-    with StopRequested() as stop, progress_bar() as progress:
+    with ExitStack() as resources:
+        log = resources.enter_context(MetricsLog(output, resume_step=step)) if jax.process_index() == 0 else None
+        stop, progress = resources.enter_context(StopRequested()), resources.enter_context(progress_bar())
+        trainer = Trainer(work, stream=stream, store=store, log=log, intervals=intervals, identity=identity)
         report = reporter(progress, done=step, steps=config.last_step)
         outcome = trainer.run(state, should_stop=stop, report=report)
-    if log:
-        log.close()
     if not outcome.finished:
         raise Interrupted(f"step {int(outcome.state.step)} is saved in {output}; the same command goes on from there")
     return finish(config, start, outcome.state, store=store)
@@ -147,7 +155,7 @@ def open_start(config: SftConfig) -> Start:
             LOG.info("converting %s", config.model)
             convert(config.model, location)
         if jax.process_count() > 1:
-            jax.experimental.multihost_utils.sync_global_devices("converted")
+            multihost_utils.sync_global_devices("converted")
     checkpoint = open_checkpoint(location)
     tokenizer = config.tokenizer or checkpoint.tokenizer_dir
     return Start(checkpoint.config, tokenizer, checkpoint if config.init == "pretrained" else None)
@@ -180,13 +188,8 @@ def make_stream(config: SftConfig, train: Examples) -> BatchStream:
 
 
 def run_identity(config: SftConfig, model: ModelConfig, train: Examples) -> dict[str, Any]:
-    """What must not change between the parts of an interrupted run; mesh, intervals and micro-batches may."""
-    settings = config.model_dump(
-        mode="json",
-        include={
-            "model", "init", "sequence_length", "rows_per_step", "steps", "seed", "param_dtype", "compute_dtype", "optimizer"
-        },
-    )  # fmt: skip
+    """What must not change between the parts of an interrupted run."""
+    settings = config.model_dump(mode="json", include=IDENTITY)
     return {**settings, "architecture": model.model_dump(mode="json"), "train_data": train.fingerprint()}
 
 
@@ -231,7 +234,7 @@ def finish(config: SftConfig, start: Start, state: TrainState, *, store: TrainSt
         origin=f"qwq-jax sft of {config.model}, step {chosen}",
     )
     LOG.info("step %d of %d done; the model is %s", last, config.steps, dest)
-    return SftReport(step=last, model=dest, metrics=Path(config.output_dir) / "metrics.jsonl")
+    return SftReport(step=last, model=dest, metrics=f"{config.output_dir}/metrics.jsonl")
 
 
 def run_identity_of(store: TrainStore, step: int) -> dict[str, Any]:

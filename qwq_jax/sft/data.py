@@ -4,13 +4,13 @@ One conversation a line: ``{"messages": [{"role": "user", "content": "2+2?"}, {"
 
 Every assistant turn is trained on exactly what the model will see and say when it is used: its prompt is the chat
 template of the messages before it with the generation prompt, its completion is the text of the turn, tokenised on its
-own as sampled text is, and one end-of-turn token. Templates of reasoning models drop the thoughts of earlier turns, so a
-later turn may not continue the tokens of an earlier one: then each turn becomes a sequence of its own. Where the
+own as sampled text is, and one end-of-turn token. Templates of reasoning models drop the thoughts of earlier turns, so
+a later turn may not continue the tokens of an earlier one: then each turn becomes a sequence of its own. Where the
 template does keep them verbatim, the turns share one sequence with holes in the mask, which trains the same for less.
 
 A template that opens ``<think>`` leaves it to the completion to close it. The thoughts are the turn's
-``reasoning_content``, or the part of its ``content`` before ``</think>``; a turn without either is refused, since it would
-teach to answer inside the thoughts.
+``reasoning_content``, or the part of its ``content`` before ``</think>``; a turn without either is refused, since it
+would teach to answer inside the thoughts.
 """
 
 import hashlib
@@ -63,8 +63,8 @@ def read_examples(
     """Reads JSONL files of conversations.
 
     Raises:
-        ValueError: A file is absent or holds no example, or a line is not a conversation with an assistant turn, or does
-            not fit a row of `row_length` and `skip_too_long` is false. Names file and line.
+        ValueError: A file is absent or holds no example, or a line is not a conversation with an assistant turn, or
+            does not fit a row of `row_length` and `skip_too_long` is false. Names file and line.
     """
     segments: list[Segment] = []
     too_long = 0
@@ -77,7 +77,9 @@ def read_examples(
                 elif skip_too_long:
                     too_long += 1
                 else:
-                    raise ValueError(f"{where}: {len(segment.tokens)} tokens do not fit a row, which takes {row_length + 1}")
+                    raise ValueError(
+                        f"{where}: {len(segment.tokens)} tokens do not fit a row, which takes {row_length + 1}"
+                    )
         if len(segments) == before:
             raise ValueError(f"{path}: no example to train on; too long for a row of {row_length}: {too_long}")
     return Examples(segments, too_long)
@@ -126,9 +128,7 @@ def check_messages(value: object, *, where: str) -> list[dict[str, Any]]:
     return value["messages"]
 
 
-def conversation_segments(
-    messages: Sequence[dict[str, Any]], tokenizer: ChatTokenizer, *, where: str
-) -> list[Segment]:
+def conversation_segments(messages: Sequence[dict[str, Any]], tokenizer: ChatTokenizer, *, where: str) -> list[Segment]:
     """The sequences that train every assistant turn, as few as the template allows."""
     end_of_turn = end_of_turn_id(tokenizer)
     opened = tokenizer.generation_prompt_opens_thinking

@@ -25,8 +25,8 @@ def make_sft_loss(
 ) -> Loss:
     """Builds ``loss(params, batch [B, T]) -> (sum over trained tokens, {"entropy": sum})``.
 
-    Logits exist for `logprob_chunk` positions of each row at a time, never for the batch; with `remat` the backward pass
-    computes each layer's activations again.
+    Logits exist for `logprob_chunk` positions of each row at a time, never for the batch; with `remat` the backward
+    pass computes each layer's activations again.
     """
 
     def loss(params: Params, batch: TrainBatch) -> tuple[jax.Array, Sums]:

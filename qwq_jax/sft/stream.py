@@ -1,7 +1,7 @@
 """The order of training: which sequences form each step, fixed before the first one, and a reader with a position.
 
-The plan is a function of the sequences' lengths, the seed and the batch shape. It knows nothing of devices or processes,
-so a run on another mesh, or resumed, sees the same steps.
+The plan is a function of the sequences' lengths, the seed and the batch shape. It knows nothing of devices or
+processes, so a run on another mesh, or resumed, sees the same steps.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,9 +14,7 @@ from qwq_jax.train.packing import PackedRows, Segment, fill_rows, plan_rows
 StepPlan = list[list[list[int]]]  # for each step its rows, for each row the indices of its sequences
 
 
-def plan_steps(
-    slots: Sequence[int], *, row_length: int, rows_per_step: int, seed: int, steps: int
-) -> StepPlan:
+def plan_steps(slots: Sequence[int], *, row_length: int, rows_per_step: int, seed: int, steps: int) -> StepPlan:
     """As many passes over the sequences as `steps` steps need, each in an order of its own.
 
     A row holds sequences of one pass, a step may hold rows of two. A shorter plan is the beginning of a longer one.

@@ -1,5 +1,6 @@
 """The loop: steps, held-out loss, metrics, checkpoints, and a clean stop."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
 
 from qwq_jax.checkpoint.train_store import TrainStore
@@ -56,7 +56,7 @@ class Work:
     train_step: TrainStep
     place: Callable[[PackedRows], TrainBatch]
     evaluate: Callable[[Params], float] | None
-    learning_rate: optax.Schedule
+    learning_rate: Callable[[int], Any]
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,9 @@ class Trainer:
         """Trains until the last step, or until `should_stop`, asked after every step, says so. Saves before it returns.
 
         `report` receives what is written to the log, as it is written.
+
+        Raises:
+            ValueError: The loss or its gradient is not a number any more. The step is neither logged nor saved.
         """
         step = int(state.step)
         started = time.perf_counter()
@@ -115,7 +118,9 @@ class Trainer:
             state, metrics = self._work.train_step(state, self._work.place(rows))
             step += 1
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            values["learning_rate"] = float(self._work.learning_rate(step - 1))
+            if not math.isfinite(values["loss"] + values["grad_norm"]):
+                raise ValueError(f"step {step}: the loss is {values['loss']}; try a lower optimizer.learning_rate")
+            values["learning_rate"] = float(jax.device_get(self._work.learning_rate(step - 1)))
             seconds = time.perf_counter() - started
             eval_loss = self._evaluate(step, state.params)
             if eval_loss is not None:

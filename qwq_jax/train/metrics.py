@@ -1,27 +1,39 @@
-"""Numbers of a run: one JSON line a record and TensorBoard events, each step once however often the run is resumed."""
+"""Numbers of a run: a JSON line a record, and TensorBoard events; each step once, however often resumed."""
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Self
 
+from etils import epath
 from tensorboardX import SummaryWriter
+
+METRICS = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends records ``{"step": 12, "loss": 0.71, ...}`` to ``metrics.jsonl`` and the same numbers as TensorBoard events.
+    """Appends records ``{"step": 12, "loss": 0.71, ...}`` to ``metrics.jsonl``, and to TensorBoard events.
 
     Opened with the step that a run resumes from, it first drops every record after that step, so that the file reads as
     if the run had never been interrupted. `flush` before a checkpoint is committed: then no step can be missing either.
+
+    Nothing can be appended to an object in a bucket: there, files grow locally and every `flush` copies them.
     """
 
-    def __init__(self, directory: Path, *, resume_step: int = 0) -> None:
+    def __init__(self, directory: epath.PathLike, *, resume_step: int = 0) -> None:
         """Opens or creates the log in `directory`; `resume_step` is 0 for a new run, which drops what was there."""
-        directory.mkdir(parents=True, exist_ok=True)
-        self.path = directory / "metrics.jsonl"
+        self._target = epath.Path(directory)
+        self._target.mkdir(parents=True, exist_ok=True)
+        self._copies = "://" in str(directory)
+        self._local = Path(tempfile.mkdtemp(prefix="qwq-jax-")) if self._copies else Path(directory)
+        self.path = self._local / METRICS
+        if self._copies and (self._target / METRICS).exists():
+            self.path.write_bytes((self._target / METRICS).read_bytes())
         truncate_records(self.path, last_step=resume_step)
         self._file = self.path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step + 1)
+        self._events = SummaryWriter(str(self._local / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds one record."""
@@ -35,6 +47,23 @@ class MetricsLog:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._events.flush()
+        if self._copies:
+            self._copy()
+
+    def _copy(self) -> None:
+        for path in self._local.rglob("*"):
+            if path.is_file():
+                target = self._target / path.relative_to(self._local).as_posix()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+
+    def __enter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Closes, error or not."""
+        self.close()
 
     def close(self) -> None:
         """Flushes and closes both files."""

@@ -5,8 +5,10 @@ import optax
 from qwq_jax.config.train import OptimizerConfig
 from qwq_jax.train.state import Params
 
+Schedule = optax.Schedule
 
-def make_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
+
+def make_schedule(config: OptimizerConfig, *, steps: int) -> Schedule:
     """Learning rate by updates done before: linear from 0 over the warm-up, then half a cosine to its final part."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if config.warmup_steps else config.learning_rate,
@@ -22,7 +24,7 @@ def decays(params: Params) -> dict[str, bool]:
     return {name: not name.endswith(("scale", "bias")) for name in params}
 
 
-def make_optimizer(config: OptimizerConfig, *, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, *, schedule: Schedule) -> optax.GradientTransformation:
     """The whole update, from gradient to what is added to the parameters."""
     return optax.chain(
         optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),

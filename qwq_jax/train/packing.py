@@ -1,7 +1,7 @@
 """Several sequences in one row: which go together, and the arrays that keep them apart. Plain numpy, no JAX.
 
-A sequence of ``n`` tokens fills ``n - 1`` slots: slot ``t`` holds token ``t`` as input and token ``t + 1`` as target, so the
-last token is never an input and every slot has a target of its own sequence.
+A sequence of ``n`` tokens fills ``n - 1`` slots: slot ``t`` holds token ``t`` as input and token ``t + 1`` as target,
+so the last token is never an input and every slot has a target of its own sequence.
 """
 
 import bisect
@@ -72,7 +72,9 @@ def plan_rows(slots: Sequence[int], *, row_length: int, open_rows: int = 64) -> 
         ValueError: A sequence is longer than a row.
     """
     rows: list[list[int]] = []
-    unfinished: list[tuple[int, int]] = []  # (free slots, row), sorted: the tightest fit is the first that is large enough
+    unfinished: list[
+        tuple[int, int]
+    ] = []  # (free slots, row), sorted: the tightest fit is the first that is large enough
     for index, needed in enumerate(slots):
         if needed > row_length:
             raise ValueError(f"sequence {index} needs {needed} slots, and a row has {row_length}")

@@ -1,12 +1,13 @@
 """What a train step changes, and how each of its arrays lies on the devices."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 Params = dict[str, jax.Array]
 
@@ -27,12 +28,13 @@ class TrainState:
     step: jax.Array
 
 
-def state_shardings(abstract: TrainState, params: dict[str, NamedSharding]) -> TrainState:
+def state_shardings(abstract: TrainState, params: Mapping[str, Sharding]) -> TrainState:
     """Shardings for every leaf: moments lie as their parameter does, everything else is replicated."""
-    mesh = next(iter(params.values())).mesh
-    replicated = NamedSharding(mesh, jax.sharding.PartitionSpec())
+    example = next(iter(params.values()))
+    assert isinstance(example, NamedSharding), example
+    replicated = NamedSharding(example.mesh, PartitionSpec())
 
-    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Sharding:
         name = path[-1].key if isinstance(path[-1], jax.tree_util.DictKey) else None
         if name in params and leaf.shape == abstract.params[name].shape:
             return params[name]

@@ -1,6 +1,7 @@
 """The jitted update: gradients over micro-batches, normalised once by the tokens of all of them, then the optimizer."""
 
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ def make_train_step(
     shardings: TrainState,
     denominator: Callable[[TrainBatch], jax.Array] = trained_tokens,
 ) -> TrainStep:
-    """Builds ``step(state, batch [A, B, T]) -> (state, metrics)``; `state` is donated, its arrays must not be used again.
+    """Builds ``step(state, batch [A, B, T]) -> (state, metrics)``; `state` is donated: do not use it again.
 
     The new state lies as `shardings`, those of the old one, say; left to the compiler it might move, and compile again.
     Metrics: ``loss``, ``grad_norm`` (before clipping), ``tokens`` (trained), and the means of what `loss` reports.
@@ -57,10 +58,10 @@ def make_train_step(
         grads, value, means = accumulate_gradients(loss, state.params, batch, denominator=denominator(batch))
         grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = cast(Params, optax.apply_updates(state.params, updates))
         metrics = {
             "loss": value,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "tokens": jnp.sum(batch.loss_mask, dtype=jnp.int32),
             **means,
         }

@@ -65,7 +65,7 @@ def write_checkpoint(
     identity: str,
     origin: str,
 ) -> None:
-    """Writes stacked parameters as a checkpoint like those of ``convert``; a second call with this identity completes it.
+    """Writes stacked parameters as a checkpoint like those of ``convert``; a second call completes it.
 
     Every process calls it, the first one writes; one layer's parameter is in host memory at a time.
     """
@@ -85,7 +85,7 @@ def write_checkpoint(
 
 
 def layer_value(params: Params, path: str) -> np.ndarray:
-    """The array that a checkpoint knows as `path`, one layer of a stacked one where it belongs to a layer, on the host."""
+    """The array that a checkpoint knows as `path`, on the host: of a stacked one, the slice of its layer."""
     parts = path.split(".")
     array = params[path] if parts[0] != "layers" else params[".".join(["layers", *parts[2:]])][int(parts[1])]
     if jax.process_count() > 1:

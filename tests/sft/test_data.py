@@ -39,11 +39,12 @@ def text(tokenizer, segment, *, trained):
 
 
 def test_only_the_completion_is_trained_and_it_ends_with_one_end_of_turn(tmp_path, plain):
-    (segment,) = read(tmp_path, plain, [{"role": "system", "content": "S"}, user("2+2?"), assistant("It is 4.")]).segments
+    before = [{"role": "system", "content": "S"}, user("2+2?")]
+    (segment,) = read(tmp_path, plain, [*before, assistant("It is 4.")]).segments
     assert text(plain, segment, trained=True) == "It is 4.<|im_end|>"
     assert int((segment.tokens[segment.trained] == END).sum()) == 1 and segment.tokens[-1] == END
     prompt = segment.tokens[~segment.trained].tolist()
-    assert prompt == plain.apply_template([{"role": "system", "content": "S"}, user("2+2?")])
+    assert prompt == plain.apply_template(before)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,9 @@ def test_turns_whose_thoughts_the_template_drops_become_sequences_of_their_own(t
     first, second = read(tmp_path, thinking, turns).segments
     assert text(thinking, first, trained=True) == "x</think>b<|im_end|>"
     assert text(thinking, second, trained=True) == "y</think>d<|im_end|>"
-    assert "x</think>" not in text(thinking, second, trained=False) and "b<|im_end|>" in text(thinking, second, trained=False)
+    assert "x</think>" not in text(thinking, second, trained=False) and "b<|im_end|>" in text(
+        thinking, second, trained=False
+    )
 
 
 GOOD = json.dumps({"messages": [user("a"), assistant("b")]})
@@ -85,7 +88,10 @@ GOOD = json.dumps({"messages": [user("a"), assistant("b")]})
         ("[1]", 'data.jsonl:2: expected an object with a non-empty list "messages"'),
         ('{"messages": []}', 'data.jsonl:2: expected an object with a non-empty list "messages"'),
         ('{"messages": ["hi"]}', r"data.jsonl:2: messages\[0\] is not an object"),
-        (json.dumps({"messages": [user("a"), {"role": "bot", "content": "b"}]}), r"messages\[1\] has unknown role 'bot'"),
+        (
+            json.dumps({"messages": [user("a"), {"role": "bot", "content": "b"}]}),
+            r"messages\[1\] has unknown role 'bot'",
+        ),
         (json.dumps({"messages": [user("a"), assistant(None)]}), r"data.jsonl:2: messages\[1\] has no text in content"),
         (json.dumps({"messages": [user("a"), assistant("b", tool_calls=[])]}), "has field 'tool_calls'"),
         (json.dumps({"messages": [user("a")]}), "ends with role 'user'; there is no assistant turn to learn"),
@@ -126,7 +132,9 @@ def test_too_long_examples_are_counted_if_they_may_be_skipped(tmp_path, plain):
 
 
 def test_the_fingerprint_sees_every_token_and_mask(tmp_path, plain):
-    prints = [read(tmp_path, plain, [user(u), assistant(a)]).fingerprint() for u, a in [("ab", "c"), ("ab", "d"), ("a", "bc")]]
+    prints = [
+        read(tmp_path, plain, [user(u), assistant(a)]).fingerprint() for u, a in [("ab", "c"), ("ab", "d"), ("a", "bc")]
+    ]
     assert len(set(prints)) == 3
     assert read(tmp_path, plain, [user("ab"), assistant("c")]).fingerprint() == prints[0]
 
@@ -148,7 +156,9 @@ def test_every_pass_sees_every_sequence_once_in_an_order_of_its_own():
 
 
 def test_a_stream_goes_on_from_its_state(tmp_path, plain):
-    segments = read(tmp_path, plain, *[[user("q" * n), assistant("a" * n)] for n in range(1, 20)], row_length=200).segments
+    segments = read(
+        tmp_path, plain, *[[user("q" * n), assistant("a" * n)] for n in range(1, 20)], row_length=200
+    ).segments
     steps = plan_steps([s.slots for s in segments], row_length=200, rows_per_step=2, seed=0, steps=9)
     whole = list(BatchStream(segments, steps, row_length=200))
     assert len(whole) == 9

@@ -1,5 +1,6 @@
 import json
 
+from qwq_jax.train import metrics
 from qwq_jax.train.metrics import MetricsLog, read_records
 
 
@@ -8,7 +9,7 @@ def write(directory, steps, *, resume_step=0):
     for step in steps:
         log.write(step, {"loss": step / 2})
     log.close()
-    return directory / "metrics.jsonl"
+    return log.path
 
 
 def test_a_resumed_log_has_every_step_once(tmp_path):
@@ -29,3 +30,13 @@ def test_a_line_that_a_crash_cut_is_dropped(tmp_path):
 def test_a_new_run_starts_an_empty_file(tmp_path):
     write(tmp_path, range(1, 4))
     assert [record["step"] for record in read_records(write(tmp_path, [1]))] == [1]
+
+
+def test_in_a_bucket_the_files_are_copied_at_every_flush(tmp_path, monkeypatch):
+    bucket = tmp_path / "bucket"
+    real = metrics.epath.Path
+    monkeypatch.setattr(metrics.epath, "Path", lambda path: real(str(path).replace("gs://bucket", str(bucket))))
+    write("gs://bucket/run", range(1, 8))
+    write("gs://bucket/run", range(5, 11), resume_step=4)
+    assert [record["step"] for record in read_records(bucket / "run" / "metrics.jsonl")] == list(range(1, 11))
+    assert list((bucket / "run" / "tensorboard").iterdir())

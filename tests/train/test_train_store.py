@@ -12,8 +12,8 @@ from qwq_jax.sharding import make_mesh
 from qwq_jax.train.state import TrainState, abstract_state
 
 
-def state(value, mesh=None, spec=PartitionSpec()):
-    sharding = NamedSharding(make_mesh(mesh or MeshConfig()), spec)
+def state(value, mesh=None, spec=None):
+    sharding = NamedSharding(make_mesh(mesh or MeshConfig()), spec or PartitionSpec())
     replicated = NamedSharding(sharding.mesh, PartitionSpec())
     kernel = jax.device_put(jnp.arange(32.0).reshape(8, 4) + value, sharding)
     count = jax.device_put(jnp.int32(value), replicated)
