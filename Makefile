@@ -2,7 +2,9 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench install
+TINY := out/tiny-reasoner
+
+.PHONY: help demo test test-slow lint format bench install tiny-reasoner
 
 BIN := .venv/bin
 WORKERS ?= 2
@@ -18,6 +20,7 @@ help:
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make lint       style and types"
 	@echo "make format     let ruff put style right"
+	@echo "make tiny-reasoner  trains the embedded model again, from nothing"
 	@echo "make bench      the benchmarks in tools/"
 
 $(INSTALLED): requirements.lock pyproject.toml tools/install.sh
@@ -44,3 +47,11 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(call timed,for benchmark in $(wildcard tools/bench_*.py); do echo "== $$benchmark"; $(BIN)/python $$benchmark; done)
+
+# The recipe of the embedded model: data, tokenizer, training, export into the package.
+tiny-reasoner: $(INSTALLED)
+	$(call timed,{ $(BIN)/python tools/make_tiny_reasoner_data.py $(TINY)/train.jsonl --count 60000 --seed 1 --levels 1 2 3 \
+		&& $(BIN)/python tools/make_tiny_reasoner_data.py $(TINY)/held_out.jsonl --count 512 --seed 2 --split held-out --levels 1 2 3 \
+		&& $(BIN)/python tools/make_tiny_tokenizer.py $(TINY)/tokenizer \
+		&& $(BIN)/qwq-jax sft configs/sft/tiny_reasoner.toml \
+		&& $(BIN)/qwq-jax export $$(ls -d $(TINY)/run/model-* | tail -n 1) qwq_jax/embedded/tiny-reasoner; })
