@@ -38,6 +38,10 @@ class TrainStore:
     directory: epath.Path
     keep: int = 2
 
+    def __post_init__(self) -> None:
+        # Orbax takes absolute paths only; users write relative ones.
+        object.__setattr__(self, "directory", self.directory.absolute())
+
     def steps(self) -> list[int]:
         """Steps that can be restored, oldest first."""
         if not self.directory.exists():

@@ -5,7 +5,7 @@ processes, so a run on another mesh, or resumed, sees the same steps.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import grain
 
@@ -23,7 +23,7 @@ def plan_steps(slots: Sequence[int], *, row_length: int, rows_per_step: int, see
     order = grain.MapDataset.range(len(slots)).seed(seed).shuffle().repeat()
     start = 0
     while len(rows) < steps * rows_per_step:
-        indices = [int(order[i]) for i in range(start, start + len(slots))]
+        indices = [cast(int, order[i]) for i in range(start, start + len(slots))]
         planned = plan_rows([slots[i] for i in indices], row_length=row_length)
         rows.extend([indices[i] for i in row] for row in planned)
         start += len(slots)

@@ -35,7 +35,7 @@ def state_shardings(abstract: TrainState, params: Mapping[str, Sharding]) -> Tra
     replicated = NamedSharding(example.mesh, PartitionSpec())
 
     def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Sharding:
-        name = path[-1].key if isinstance(path[-1], jax.tree_util.DictKey) else None
+        name = str(path[-1].key) if isinstance(path[-1], jax.tree_util.DictKey) else ""
         if name in params and leaf.shape == abstract.params[name].shape:
             return params[name]
         return replicated

@@ -145,7 +145,7 @@ def test_a_neighbour_in_the_row_and_the_padding_change_nothing(tiny_config, para
 
     def beside(seed, pad):
         other = np.random.default_rng(seed).integers(0, tiny_config.vocab_size, 16).astype(np.int32)
-        silent = Segment(other, np.zeros(20, np.bool_))
+        silent = Segment(other, np.zeros(16, np.bool_))
         rows = [[silent, kept, silent]] + [[]] * (ROWS - 1)
         return gradients(tiny_config, params, fill_rows(rows, row_length=ROW, pad=pad))
 
