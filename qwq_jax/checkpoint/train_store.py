@@ -39,8 +39,9 @@ class TrainStore:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        # Orbax takes absolute paths only; users write relative ones.
-        object.__setattr__(self, "directory", self.directory.absolute())
+        # Orbax takes absolute paths only; users write relative ones, and a bucket's is absolute as it is.
+        if "://" not in str(self.directory):
+            object.__setattr__(self, "directory", self.directory.absolute())
 
     def steps(self) -> list[int]:
         """Steps that can be restored, oldest first."""

@@ -48,7 +48,7 @@ def attention(
     segment_ids: jax.Array | None = None,
     *,
     scale: float,
-    block_q: int = 512,
+    block_q: int | None = None,
 ) -> jax.Array:
     """Causal grouped-query attention within segments.
 
@@ -58,13 +58,15 @@ def attention(
         v: `[B, T, K, H]`.
         segment_ids: `[B, T]` int32; a token sees earlier tokens (and itself) of its own segment. None: one segment.
         scale: Factor on the scores before the softmax, 1/sqrt(H) as a rule.
-        block_q: Query tokens handled at once, which bounds the scores in memory to `B N block_q T`.
+        block_q: Query tokens handled at once, which bounds the scores in memory to `B N block_q T`. None: 64, or T/32
+            of a long row. Small blocks skip more of what lies above the diagonal; each is compiled on its own.
 
     Returns:
         `[B, T, N, H]` in the dtype of q.
     """
     B, T, N, H = q.shape
     K = k.shape[2]
+    size_q = block_q or max(64, -(-T // 32))
     q = q.reshape(B, T, K, N // K, H)
 
     def block(start: int, size: int) -> jax.Array:
@@ -77,7 +79,7 @@ def attention(
         weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores * scale, MASKED), axis=-1)
         return jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v[:, :stop], preferred_element_type=jnp.float32)
 
-    blocks = [block(start, min(block_q, T - start)) for start in range(0, T, block_q)]
+    blocks = [block(start, min(size_q, T - start)) for start in range(0, T, size_q)]
     return jnp.concatenate(blocks, axis=1).reshape(B, T, N, H).astype(q.dtype)
 
 
