@@ -41,7 +41,7 @@ WALLS = {
     "orbax": ("checkpoint/store.py", "checkpoint/train_store.py"),
     "safetensors": ("checkpoint/huggingface.py",),
     "optax": ("train/", "rl/"),
-    "transformers": ("chat.py",),
+    "transformers": (),
     "torch": (),
     "typer": ("__main__.py",),
 }

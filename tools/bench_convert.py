@@ -1,6 +1,6 @@
 """Peak memory and speed of `convert` and `export` at the widths of QwQ-32B, beside `cp` of the same bytes.
 
-    python tools/bench_convert.py --layers 4 12 --workplace /tmp/bench
+    python tools/bench_convert.py --layers 4 12 --workdir /tmp/bench
 
 Needs about 3.1 times the size of the largest model on disk (46 GB for 12 layers) and removes what it made.
 """
@@ -113,13 +113,13 @@ def main() -> None:
     """Runs every size and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 12])
-    parser.add_argument("--workplace", type=Path, required=True)
+    parser.add_argument("--workdir", type=Path, required=True)
     arguments = parser.parse_args()
     table = Table("layers", "GB", "job", "seconds", "MB/s", "peak GiB beyond imports", "bound GiB")
     bound = (2 * 152_064 * 5120 * 2 + GIB) / GIB
     peaks = []
     for layers in arguments.layers:
-        root = arguments.workplace / f"layers-{layers}"
+        root = arguments.workdir / f"layers-{layers}"
         try:
             size = make_source(root / "hf", layers)
             copied, durable = copy(root / "hf", root / "cp")

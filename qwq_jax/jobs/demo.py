@@ -20,6 +20,7 @@ from qwq_jax.jobs.generate import generate
 from qwq_jax.rl.rewards.arithmetic import Problem, Split, is_correct, problems
 
 PROBLEMS = 128
+LEVELS = (1, 2, 3)  # those that the embedded model was trained on
 SHOWN = 3
 SAMPLING = {"temperature": 0.6, "top_p": 0.95, "max_tokens": 256}
 ENGINE = EngineConfig(
@@ -78,7 +79,7 @@ def mesh_of(devices: int) -> MeshConfig:
 
 def held_out_problems(count: int) -> list[Problem]:
     """Problems that the embedded model was not trained on; always the same ones."""
-    return list(itertools.islice(problems(2026, split=Split.HELD_OUT), count))
+    return list(itertools.islice(problems(2026, split=Split.HELD_OUT, levels=LEVELS), count))
 
 
 def request_lines(questions: Sequence[Problem]) -> list[dict[str, Any]]:

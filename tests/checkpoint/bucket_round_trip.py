@@ -16,8 +16,8 @@ from qwq_jax.sharding import make_mesh, train_layout
 from tests.checkpoint.sources import make_source, read_tensors
 
 
-def main(workplace: Path, bucket: str) -> None:
-    source = make_source(workplace / "hf", dtype="bfloat16", shards=2)
+def main(workdir: Path, bucket: str) -> None:
+    source = make_source(workdir / "hf", dtype="bfloat16", shards=2)
     files = gcsfs.GCSFileSystem()
     files.put(str(source) + "/", f"{bucket}/hf/", recursive=True)
     root = f"gs://{bucket}"
@@ -34,8 +34,8 @@ def main(workplace: Path, bucket: str) -> None:
 
     assert export(f"{root}/ours", f"{root}/back", max_shard_bytes=30_000).verified == len(tensors)
     assert not files.exists(f"{bucket}/back/exporting.json")
-    files.get(f"{bucket}/back/", str(workplace / "back") + "/", recursive=True)
-    got = read_tensors(workplace / "back")
+    files.get(f"{bucket}/back/", str(workdir / "back") + "/", recursive=True)
+    got = read_tensors(workdir / "back")
     assert got.keys() == tensors.keys() and all(got[name].tobytes() == tensors[name].tobytes() for name in tensors)
     refusals(root, files, bucket)
     print("EVERYTHING HOLDS")

@@ -1,6 +1,6 @@
 """Runs one conversion again and again, each time killed with SIGKILL at another point and resumed.
 
-Run as `python -m tests.checkpoint.crash_points SOURCE WORKPLACE SEED COUNT`; prints what it saw as JSON. A process of
+Run as `python -m tests.checkpoint.crash_points SOURCE WORKDIR SEED COUNT`; prints what it saw as JSON. A process of
 its own that imports once and then forks, so that a kill costs milliseconds. A point is a system call that makes
 something durable, or the write of a shard, both counted.
 """
@@ -108,16 +108,16 @@ def crash_and_resume(source: Path, dest: Path, points: list[int]) -> dict[str, A
     return {"points": points, "kills": kills, "finished_before": counts, "rewritten": rewritten}
 
 
-def main(source: Path, workplace: Path, seed: int, count: int) -> None:
-    calm = workplace / "calm"
-    _, total = convert_in_child(source, calm, workplace / "calm.log", None)
+def main(source: Path, workdir: Path, seed: int, count: int) -> None:
+    calm = workdir / "calm"
+    _, total = convert_in_child(source, calm, workdir / "calm.log", None)
     want = tree_bytes(calm)
     chance = random.Random(seed)
     results = []
     for index in range(count):
         # one of equal slices each, so that the first and the last steps are always among them
         first = chance.randint(index * total // count + 1, (index + 1) * total // count)
-        dest = workplace / f"killed-{index}"
+        dest = workdir / f"killed-{index}"
         result = crash_and_resume(source, dest, [first, chance.randint(1, total)])
         results.append(result | {"equal": tree_bytes(dest) == want})
         shutil.rmtree(dest)
