@@ -39,7 +39,7 @@ NEIGHBOURS = {("runtime", "interrupt"), ("engine", "checkpoint")}
 WALLS = {
     "jax.experimental.pallas": ("kernels/",),
     "orbax": ("checkpoint/store.py", "checkpoint/train_store.py"),
-    "safetensors": ("checkpoint/huggingface.py",),
+    "safetensors": (),
     "optax": ("train/", "rl/"),
     "transformers": (),
     "torch": (),
