@@ -54,4 +54,5 @@ tiny-reasoner: $(INSTALLED)
 		&& $(BIN)/python tools/make_tiny_reasoner_data.py $(TINY)/held_out.jsonl --count 512 --seed 2 --split held-out --levels 1 2 3 \
 		&& $(BIN)/python tools/make_tiny_tokenizer.py $(TINY)/tokenizer \
 		&& $(BIN)/qwq-jax sft configs/sft/tiny_reasoner.toml \
+		&& rm -rf qwq_jax/embedded/tiny-reasoner \
 		&& $(BIN)/qwq-jax export $$(ls -d $(TINY)/run/model-* | tail -n 1) qwq_jax/embedded/tiny-reasoner; })

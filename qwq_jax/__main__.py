@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from qwq_jax import __version__
-from qwq_jax.config.inference import InferenceConfig
+from qwq_jax.config.inference import CHAT_SAMPLING, InferenceConfig
 from qwq_jax.config.load import build, load_toml
 from qwq_jax.config.train import SftConfig
 from qwq_jax.interrupt import Interrupted
@@ -137,15 +137,25 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="For requests that bring no seed of their own.")] = 0,
     overrides: Set = None,
     simulate_devices: SimulateDevices = None,
-    distributed: Distributed = False,
 ) -> None:
-    """Answer a file of requests; the same command goes on after a stop. Settings are `engine.*` and `mesh.*`."""
+    """Answer a file of requests; the same command goes on after a stop.
+
+    Settings are `engine.*`, `mesh.*`, and `sampling.*` for requests that do not say themselves.
+    """
     from qwq_jax import runtime
     from qwq_jax.jobs import generate as job
 
-    runtime.start(simulate_devices=simulate_devices, distributed=distributed)
-    config = _inference_config(overrides, runtime.default_compute_dtype())
-    job.generate(checkpoint, input, output, engine=config.engine, mesh=config.mesh, seed=seed)
+    runtime.start(simulate_devices=simulate_devices)
+    config = _inference_config(overrides, {"compute_dtype": runtime.default_compute_dtype()})
+    job.generate(
+        checkpoint,
+        input,
+        output,
+        engine=config.engine,
+        mesh=config.mesh,
+        sampling=config.sampling,
+        seed=seed,
+    )
 
 
 @app.command(epilog="Example: `qwq-jax chat qwq-32b --set mesh.tensor=8`")
@@ -154,16 +164,17 @@ def chat(
     overrides: Set = None,
     simulate_devices: SimulateDevices = None,
 ) -> None:
-    """Talk to a model in the terminal, its thinking dimmed. Settings are `engine.*` and `mesh.*`."""
+    """Talk to a model in the terminal, its thinking dimmed. Settings are `engine.*`, `mesh.*` and `sampling.*`."""
     from qwq_jax import runtime
     from qwq_jax.jobs import chat as job
 
     runtime.start(simulate_devices=simulate_devices)
-    config = _inference_config(overrides, runtime.default_compute_dtype())
-    job.chat(checkpoint, engine=config.engine, mesh=config.mesh)
+    advised = CHAT_SAMPLING.model_dump(exclude_unset=True)
+    config = _inference_config(overrides, {"compute_dtype": runtime.default_compute_dtype()}, advised)
+    job.chat(checkpoint, engine=config.engine, mesh=config.mesh, sampling=config.sampling)
 
 
-@app.command(epilog="Example: `qwq-jax sft configs/sft/tiny-reasoner.toml --set optimizer.learning_rate=1e-4`")
+@app.command(epilog="Example: `qwq-jax sft configs/sft/tiny_reasoner.toml --set optimizer.learning_rate=1e-4`")
 def sft(
     config: Annotated[Path, typer.Argument(help="TOML file of the run.")],
     overrides: Set = None,
@@ -193,8 +204,10 @@ def demo(
     job.demo(output)
 
 
-def _inference_config(overrides: Sequence[str] | None, compute_dtype: str) -> InferenceConfig:
-    defaults: dict[str, Any] = {"engine": {"compute_dtype": compute_dtype}}
+def _inference_config(
+    overrides: Sequence[str] | None, engine: dict[str, Any], sampling: dict[str, Any] | None = None
+) -> InferenceConfig:
+    defaults = {"engine": engine, "sampling": sampling or {}}
     return build(InferenceConfig, defaults, overrides or (), source="settings")
 
 

@@ -53,7 +53,7 @@ class ChatTokenizer:
             )
         if not _is_byte_level(_read_json(source)):
             raise ValueError(f"{source}: only byte-level BPE tokenizers are supported")
-        tokenizer = Tokenizer.from_file(str(source))
+        tokenizer = _load_tokenizer(source)
         config = _read_json(directory / "tokenizer_config.json")
         _add_missing_tokens(tokenizer, config.get("added_tokens_decoder", {}))
         special_tokens = _special_tokens(config)
@@ -333,6 +333,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a JSON object is needed")
     return content
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path}: not a tokenizer: {error}") from error
 
 
 def _template(directory: Path, config: Mapping[str, Any]) -> str | None:

@@ -284,6 +284,9 @@ def test_directories_that_are_no_tokenizer(editable, tmp_path):
     file.write_text(json.dumps(json.loads(content) | {"decoder": {"type": "Metaspace"}}))
     with pytest.raises(ValueError, match="only byte-level BPE"):
         ChatTokenizer.from_directory(editable)
+    file.write_text(json.dumps(json.loads(content) | {"added_tokens": [{"id": "seven"}]}))
+    with pytest.raises(ValueError, match="tokenizer.json: not a tokenizer: "):
+        ChatTokenizer.from_directory(editable)
 
 
 def test_tokens_that_only_the_config_names_are_added(editable):

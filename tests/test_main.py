@@ -7,7 +7,9 @@ import pytest
 from qwq_jax import __main__ as command_line
 from qwq_jax import __version__
 from qwq_jax.config.engine import EngineConfig
+from qwq_jax.config.inference import CHAT_SAMPLING
 from qwq_jax.config.mesh import MeshConfig
+from qwq_jax.config.sampling import SamplingParams
 from qwq_jax.interrupt import Interrupted
 
 VERBS = ["convert", "export", "generate", "chat", "sft", "demo"]
@@ -80,15 +82,28 @@ def test_convert_passes_its_options(job):
     assert calls == [(("a", "b"), {"dtype": "float32", "allow_nan": False, "low_disk": True})]
 
 
-def test_settings_reach_the_engine_and_the_mesh(job, tmp_path):
+def test_settings_reach_the_engine_the_mesh_and_the_sampler(job, tmp_path):
     calls = job("generate")
     paths = ["--input", str(tmp_path / "i"), "--output", str(tmp_path / "o")]
-    assert command_line.main(["generate", "ck", *paths, "--set", "mesh.tensor=4", "--set", "engine.page_size=8"]) == 0
+    sampling = ["--set", "sampling.top_k=40"]
+    assert (
+        command_line.main(
+            ["generate", "ck", *paths, "--set", "mesh.tensor=4", "--set", "engine.page_size=8", *sampling]
+        )
+        == 0
+    )
     [(arguments, options)] = calls
     assert arguments == ("ck", tmp_path / "i", tmp_path / "o")
     # float32 because the tests run on the CPU.
     engine = EngineConfig(page_size=8, compute_dtype="float32")
-    assert options == {"engine": engine, "mesh": MeshConfig(tensor=4), "seed": 0}
+    assert options == {"engine": engine, "mesh": MeshConfig(tensor=4), "sampling": SamplingParams(top_k=40), "seed": 0}
+
+
+def test_chat_draws_as_the_makers_advise_but_for_what_is_set(job):
+    [calls] = [job("chat")]
+    assert command_line.main(["chat", "ck", "--set", "sampling.temperature=0"]) == 0
+    [(_, options)] = calls
+    assert options["sampling"].model_dump() == {**CHAT_SAMPLING.model_dump(), "temperature": 0.0}
 
 
 def test_a_wrong_setting_names_its_path(job, capsys):

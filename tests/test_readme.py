@@ -16,7 +16,8 @@ TEXT = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+    return [text for name, text in found if name == language]
 
 
 COMMANDS = [line for block in blocks("bash") for line in block.strip().splitlines()]

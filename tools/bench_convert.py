@@ -63,7 +63,7 @@ def make_source(folder: Path, num_layers: int) -> int:
     plans = [TensorPlan(row.source, dtype, row.source_shape) for row in name_table(config)]
     shards = plan_shards(plans, 5_000_000_000)
     block = np.random.default_rng(0).integers(0, 1 << 16, 32 << 20, dtype=np.uint16) & 0xBFFF
-    data = memoryview(block.view(np.uint8))
+    data = memoryview(block.tobytes())
     folder.mkdir(parents=True)
     for index, (name, shard) in enumerate(shards.items()):
         with open(folder / name, "wb") as file:

@@ -5,8 +5,11 @@ object is complete (bucket). A reader therefore never sees half a file under its
 """
 
 import errno
+import fcntl
+import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -89,6 +92,25 @@ def open_directory(path: str | os.PathLike[str]) -> Directory:
     """Returns the directory at a local path or a ``gs://`` address. Creates nothing."""
     text = os.fspath(path)
     return BucketDirectory(text) if "://" in text else LocalDirectory(text)
+
+
+@contextmanager
+def sole_writer(path: str) -> Iterator[None]:
+    """Keeps other processes of this user and machine that write to the same directory out; death lets go.
+
+    The lock lies in the system's temporary directory: the destination stays as it is, and may be in a bucket.
+
+    Raises:
+        ValueError: Another process holds it.
+    """
+    place = path.rstrip("/") if "://" in path else os.path.realpath(path)
+    name = f"qwq-jax-{os.getuid()}-{hashlib.sha256(place.encode()).hexdigest()[:16]}.lock"
+    with open(os.path.join(tempfile.gettempdir(), name), "ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path} is being written by another process") from None
+        yield
 
 
 @contextmanager

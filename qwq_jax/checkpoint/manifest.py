@@ -17,7 +17,7 @@ class TensorRecord(Frozen):
         dtype: Dtype it is stored in, such as ``"bfloat16"``.
         source: Name of the Hugging Face tensor.
         source_dtype: Dtype of the Hugging Face tensor.
-        sha256: Hash of the bytes of the Hugging Face tensor; ``None`` for weights that came from training.
+        sha256: Hash of the bytes of the Hugging Face tensor, read or (after training) to be written.
     """
 
     path: str
@@ -25,12 +25,12 @@ class TensorRecord(Frozen):
     dtype: str
     source: str
     source_dtype: str
-    sha256: str | None = None
+    sha256: str
 
     @property
     def is_verbatim(self) -> bool:
         """Whether the stored values have the very bytes that `sha256` is of."""
-        return self.sha256 is not None and self.dtype == self.source_dtype
+        return self.dtype == self.source_dtype
 
 
 class Manifest(Frozen):

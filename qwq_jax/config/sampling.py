@@ -82,8 +82,8 @@ class SamplingParams(Frozen):
         return self
 
     @classmethod
-    def from_openai(cls, body: Mapping[str, Any]) -> "SamplingParams":
-        """Reads the sampling fields of an OpenAI request body; a field that is ``null`` is absent.
+    def from_openai(cls, body: Mapping[str, Any], defaults: "SamplingParams | None" = None) -> "SamplingParams":
+        """Reads the sampling fields of an OpenAI request body; one that is absent or ``null`` is that of `defaults`.
 
         Fields that carry the prompt or ask for a form of answer (``messages``, ``model``, ...) are left to the caller.
 
@@ -113,6 +113,6 @@ class SamplingParams(Frozen):
         if isinstance(fields.get("stop"), str):
             fields["stop"] = [fields["stop"]]
         try:
-            return cls.model_validate(fields)
+            return cls.model_validate({**(defaults.model_dump() if defaults else {}), **fields})
         except ValidationError as error:
             raise ValueError(describe(error)) from None

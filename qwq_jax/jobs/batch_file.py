@@ -61,14 +61,19 @@ class Choice:
     logprobs: tuple[dict[str, Any], ...] | None = None
 
 
-def read_batch(path: Path) -> Iterator[PromptLine | BadLine]:
-    """Read a file line by line, in bounded memory but for the set of names; blank lines are no requests."""
+def read_batch(path: Path, defaults: SamplingParams | None = None) -> Iterator[PromptLine | BadLine]:
+    """Read a file line by line, in bounded memory but for the set of names; blank lines are no requests.
+
+    Args:
+        path: JSONL.
+        defaults: Sampling of lines that do not say themselves; OpenAI's defaults otherwise.
+    """
     names: dict[str, int] = {}
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             if not raw.strip():
                 continue
-            line = parse_line(number, raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw)
+            line = parse_line(number, raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw, defaults)
             first = names.setdefault(line.custom_id, number)
             if first != number and isinstance(line, PromptLine):
                 message = f"line {number}: custom_id {line.custom_id!r} is taken by line {first}"
@@ -82,7 +87,7 @@ def count_lines(path: Path) -> int:
         return sum(1 for raw in file if raw.strip())
 
 
-def parse_line(number: int, raw: bytes) -> PromptLine | BadLine:
+def parse_line(number: int, raw: bytes, defaults: SamplingParams | None = None) -> PromptLine | BadLine:
     """Understand one line, or say what is wrong with it."""
     custom_id = f"line-{number}"
     try:
@@ -92,7 +97,7 @@ def parse_line(number: int, raw: bytes) -> PromptLine | BadLine:
             if not isinstance(name, str) or not name:
                 raise ValueError(f"custom_id: expected a text that is not empty, got {_short(name)}")
             custom_id = name
-        return _understand(number, custom_id, _body(record))
+        return _understand(number, custom_id, _body(record), defaults)
     except ValueError as error:
         return BadLine(number, custom_id, f"line {number}: {error}")
 
@@ -207,7 +212,7 @@ def _body(record: dict[str, Any]) -> dict[str, Any]:
     return body
 
 
-def _understand(number: int, custom_id: str, body: dict[str, Any]) -> PromptLine:
+def _understand(number: int, custom_id: str, body: dict[str, Any], defaults: SamplingParams | None) -> PromptLine:
     given = [name for name in _PROMPTS if body.get(name) is not None]
     if len(given) != 1:
         found = " and ".join(given) if given else "none"
@@ -218,7 +223,7 @@ def _understand(number: int, custom_id: str, body: dict[str, Any]) -> PromptLine
     model = body.get("model")
     if model is not None and not isinstance(model, str):
         raise ValueError(f"model: expected a text, got {_short(model)}")
-    line = PromptLine(number, custom_id, SamplingParams.from_openai(body), return_token_ids, model)
+    line = PromptLine(number, custom_id, SamplingParams.from_openai(body, defaults), return_token_ids, model)
     return {"messages": _with_messages, "prompt": _with_prompt, "prompt_token_ids": _with_ids}[given[0]](
         line, body[given[0]]
     )

@@ -11,6 +11,7 @@ from rich.text import Text
 from qwq_jax.chat import ChatTokenizer, ThinkingSplitter
 from qwq_jax.checkpoint.store import open_checkpoint
 from qwq_jax.config.engine import EngineConfig
+from qwq_jax.config.inference import CHAT_SAMPLING
 from qwq_jax.config.mesh import MeshConfig
 from qwq_jax.config.sampling import SamplingParams
 from qwq_jax.engine.engine import Engine
@@ -18,8 +19,6 @@ from qwq_jax.engine.request import NewToken, Request
 from qwq_jax.interrupt import StopRequested
 from qwq_jax.jobs.answer import prompt_opens_thinking
 
-# What the makers of QwQ advise; greedy decoding makes it repeat itself.
-SAMPLING = SamplingParams(temperature=0.6, top_p=0.95, top_k=40, max_tokens=32_768)
 HELP = "/reset forgets the conversation, /exit leaves, Ctrl-C stops an answer"
 
 
@@ -28,7 +27,7 @@ def chat(
     *,
     engine: EngineConfig,
     mesh: MeshConfig,
-    sampling: SamplingParams = SAMPLING,
+    sampling: SamplingParams = CHAT_SAMPLING,
     source: TextIO | None = None,
     console: Console | None = None,
 ) -> None:

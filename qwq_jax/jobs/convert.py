@@ -22,7 +22,7 @@ from rich.progress import (
 )
 
 from qwq_jax.checkpoint.buffers import BufferPool
-from qwq_jax.checkpoint.directory import explained
+from qwq_jax.checkpoint.directory import explained, sole_writer
 from qwq_jax.checkpoint.huggingface import Source, TensorInfo, has_nonfinite, open_source
 from qwq_jax.checkpoint.manifest import TensorRecord
 from qwq_jax.checkpoint.names import EMBEDDING, TIED_HEAD, NamePair, check_leaves, match_tensors
@@ -32,7 +32,7 @@ from qwq_jax.model.spec import ArraySpec, model_spec
 
 WRITERS = 3
 _PIECE = 8 << 20
-_DTYPES = {"bfloat16": "bfloat16", "float32": "float32", "float16": "float16"}
+_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,23 @@ def convert(
     Args:
         source: Local directory, ``gs://`` address or hub id.
         dest: Local directory or ``gs://`` address: new, empty, or left unfinished by the same call.
-        dtype: Store as ``"bfloat16"``, ``"float32"`` or ``"float16"``; ``None`` keeps each tensor's own, bit for bit.
+        dtype: Store as ``"float32"`` or ``"bfloat16"``; ``None`` keeps each tensor's own, bit for bit.
         allow_nan: Accept weights with NaN or infinity.
         low_disk: Of a hub id, delete each downloaded file after use.
 
     Raises:
         ValueError: Bad input or a failing disk, in one sentence.
     """
-    started = time.monotonic()
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype {dtype!r} should be one of {', '.join(_DTYPES)}")
+    with sole_writer(dest):
+        report = _convert(source, dest, dtype=dtype, allow_nan=allow_nan, low_disk=low_disk)
+    print(f"{dest}: {report.sentence}")
+    return report
+
+
+def _convert(source: str, dest: str, *, dtype: str | None, allow_nan: bool, low_disk: bool) -> ConvertReport:
+    started = time.monotonic()
     with explained(f"cannot read {source}"):
         opened = open_source(source, low_disk=low_disk)
         identity = hashlib.sha256(f"{opened.fingerprint} {dtype}".encode()).hexdigest()
@@ -93,7 +100,7 @@ def convert(
         _check_tied_head(opened)
     writer = CheckpointWriter(dest, spec, identity=identity, origin=source)
     if writer.is_committed:
-        return _tell(dest, ConvertReport(len(spec), 0, 0, time.monotonic() - started))
+        return ConvertReport(len(spec), 0, 0, time.monotonic() - started)
     todo = _in_file_order(table, opened.tensors, writer.finished)
     total = sum(info.nbytes for _, info in todo)
     try:
@@ -114,12 +121,7 @@ def convert(
         raise ValueError(
             f"{error}; {len(writer.finished)} tensors are kept, the same command goes on from there"
         ) from error
-    return _tell(dest, ConvertReport(len(spec), len(todo), total, time.monotonic() - started))
-
-
-def _tell(dest: str, report: ConvertReport) -> ConvertReport:
-    print(f"{dest}: {report.sentence}")
-    return report
+    return ConvertReport(len(spec), len(todo), total, time.monotonic() - started)
 
 
 def _read_config(source: Source) -> ModelConfig:

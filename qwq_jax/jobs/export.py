@@ -19,7 +19,7 @@ import numpy as np
 from rich.progress import Progress, TaskID
 
 from qwq_jax.checkpoint.buffers import BufferPool
-from qwq_jax.checkpoint.directory import TEMPORARY, Directory, LocalDirectory, explained, open_directory
+from qwq_jax.checkpoint.directory import TEMPORARY, Directory, LocalDirectory, explained, open_directory, sole_writer
 from qwq_jax.checkpoint.huggingface import INDEX, TensorPlan, header_bytes, index_json, plan_shards, write_bytes
 from qwq_jax.checkpoint.names import NamePair, name_table
 from qwq_jax.checkpoint.store import Checkpoint, open_checkpoint, read_param
@@ -68,9 +68,16 @@ def export(checkpoint: str, dest: str, *, max_shard_bytes: int = MAX_SHARD_BYTES
     Raises:
         ValueError: Bad input, a failing disk, or a tensor that does not have the bytes it once had.
     """
-    started = time.monotonic()
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes {max_shard_bytes} should be positive")
+    with sole_writer(dest):
+        report = _export(checkpoint, dest, max_shard_bytes)
+    print(f"{dest}: {report.sentence}")
+    return report
+
+
+def _export(checkpoint: str, dest: str, max_shard_bytes: int) -> ExportReport:
+    started = time.monotonic()
     opened = open_checkpoint(checkpoint)
     rows = {row.source: row for row in name_table(opened.config)}
     plans = [TensorPlan(row.source, np.dtype(opened.spec[row.path].dtype), row.source_shape) for row in rows.values()]
@@ -88,9 +95,7 @@ def export(checkpoint: str, dest: str, *, max_shard_bytes: int = MAX_SHARD_BYTES
                 directory.delete(_CLAIM)
                 directory.remove_if_empty()
             raise
-    report = ExportReport(len(shards), len(plans), verified, nbytes, time.monotonic() - started)
-    print(f"{dest}: {report.sentence}")
-    return report
+    return ExportReport(len(shards), len(plans), verified, nbytes, time.monotonic() - started)
 
 
 def _write_shards(
@@ -99,7 +104,7 @@ def _write_shards(
     """Writes the missing weight files; returns how many tensors were verified."""
     total = sum(tensor.nbytes for shard in todo.values() for tensor in shard)
     with progress_bar() as progress, ThreadPoolExecutor(1) as reader:
-        job = _Export(checkpoint, rows, reader, progress, progress.add_task("exporting", total=total))
+        job = _Writer(checkpoint, rows, reader, progress, progress.add_task("exporting", total=total))
         for name, shard in todo.items():
             with directory.create(name) as file:
                 job.write_shard(file, shard)
@@ -163,7 +168,7 @@ def _config_json(checkpoint: Checkpoint, original: bytes | None) -> bytes:
     return json.dumps({**config, key: dtype}, indent=2).encode() + b"\n"
 
 
-class _Export:
+class _Writer:
     """Reads one tensor ahead of the one being hashed and written."""
 
     def __init__(

@@ -11,6 +11,7 @@ from qwq_jax.chat import ChatTokenizer
 from qwq_jax.checkpoint.store import Checkpoint, open_checkpoint
 from qwq_jax.config.engine import EngineConfig
 from qwq_jax.config.mesh import MeshConfig
+from qwq_jax.config.sampling import SamplingParams
 from qwq_jax.engine.engine import Engine
 from qwq_jax.engine.request import Completion, Request
 from qwq_jax.interrupt import Interrupted, StopRequested
@@ -18,6 +19,8 @@ from qwq_jax.jobs.answer import StopStrings, choice_of, prompt_ids
 from qwq_jax.jobs.batch_file import BadLine, Choice, PromptLine, count_lines, error_line, read_batch, result_line
 from qwq_jax.jobs.progress import BatchProgress
 from qwq_jax.jobs.result_file import ResultFile, file_fingerprint
+
+OPENAI_DEFAULTS = SamplingParams()
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +47,14 @@ class GenerateReport:
 
 
 def generate(
-    checkpoint: str, input: Path, output: Path, *, engine: EngineConfig, mesh: MeshConfig, seed: int = 0
+    checkpoint: str,
+    input: Path,
+    output: Path,
+    *,
+    engine: EngineConfig,
+    mesh: MeshConfig,
+    sampling: SamplingParams = OPENAI_DEFAULTS,
+    seed: int = 0,
 ) -> GenerateReport:
     """Answers the requests of `input` that `output` does not answer yet.
 
@@ -54,6 +64,7 @@ def generate(
         output: JSONL of answers, see `result_file`; in the order of the input once all are there.
         engine: Sizes of the engine; of these only types and context change an answer.
         mesh: Devices; a run may go on on another mesh.
+        sampling: For lines that do not say themselves.
         seed: Decides, with the name of a request, the tokens of one that has no seed.
 
     Raises:
@@ -66,7 +77,8 @@ def generate(
         raise ValueError(f"{output} is the input: choose another output")
     opened = open_checkpoint(checkpoint)
     total = count_lines(input)
-    with StopRequested() as stop, ResultFile(output, _origin(opened, input, engine, seed)) as results:
+    origin = _origin(opened, input, engine, sampling, seed)
+    with StopRequested() as stop, ResultFile(output, origin) as results:
         if len(results.done) == total:
             results.finish()
             _log.info("%s: all %d requests are answered", output, total)
@@ -74,7 +86,7 @@ def generate(
         tokenizer = ChatTokenizer.from_directory(opened.tokenizer_dir)
         server = Engine.from_checkpoint(checkpoint, mesh=mesh, config=engine, run_seed=seed)
         with BatchProgress(total, len(results.done)) as progress:
-            batch = _Batch(server, tokenizer, results, model=Path(checkpoint.rstrip("/")).name)
+            batch = _Batch(server, tokenizer, results, model=Path(checkpoint.rstrip("/")).name, sampling=sampling)
             for output_of_step in server.run(batch.requests(input), functools.partial(StopStrings.factory, tokenizer)):
                 for completion in output_of_step.completions:
                     batch.take(completion)
@@ -87,14 +99,7 @@ def generate(
             progress.update(len(results.done), 0)
             assert len(results.done) == total, "a line was lost"
             results.finish()
-            return GenerateReport(
-                total,
-                batch.answered,
-                batch.errors,
-                server.stats.generated_tokens,
-                progress.tokens_per_second,
-                server.runner.compiles,
-            )
+            return batch.report(total, progress.tokens_per_second)
 
 
 @dataclass
@@ -105,6 +110,7 @@ class _Batch:
     tokenizer: ChatTokenizer
     results: ResultFile
     model: str
+    sampling: SamplingParams
     answered: int = 0
     errors: int = 0
     _lines: dict[str, tuple[PromptLine, Request, list[Choice]]] = field(default_factory=dict)
@@ -112,7 +118,7 @@ class _Batch:
     def requests(self, path: Path) -> Iterator[Request]:
         """The lines still to be served, as they are pulled; bad ones are answered on the way."""
         already = frozenset(self.results.done)
-        for line in read_batch(path):
+        for line in read_batch(path, self.sampling):
             if line.number in already:
                 continue
             if isinstance(line, PromptLine):
@@ -138,8 +144,15 @@ class _Batch:
             self.results.append(result_line(line, choices, len(request.prompt_token_ids), self.model))
             self.answered += 1
 
+    def report(self, requests: int, tokens_per_second: float) -> GenerateReport:
+        """What was done."""
+        generated, compiles = self.engine.stats.generated_tokens, self.engine.runner.compiles
+        return GenerateReport(requests, self.answered, self.errors, generated, tokens_per_second, compiles)
 
-def _origin(checkpoint: Checkpoint, input: Path, engine: EngineConfig, seed: int) -> dict[str, object]:
+
+def _origin(
+    checkpoint: Checkpoint, input: Path, engine: EngineConfig, sampling: SamplingParams, seed: int
+) -> dict[str, object]:
     """All that an answer depends on, by the names that an error message calls them."""
     return {
         "checkpoint": hashlib.sha256(checkpoint.manifest.to_json()).hexdigest(),
@@ -147,5 +160,6 @@ def _origin(checkpoint: Checkpoint, input: Path, engine: EngineConfig, seed: int
         "compute_dtype": engine.compute_dtype,
         "cache_dtype": engine.cache_dtype or engine.compute_dtype,
         "max_context": engine.max_context or checkpoint.config.max_context,
+        "sampling": sampling.model_dump(mode="json"),
         "seed": seed,
     }

@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qwq_jax.chat import ChatTokenizer
-from qwq_jax.checkpoint.directory import open_directory
+from qwq_jax.checkpoint.directory import open_directory, sole_writer
 from qwq_jax.checkpoint.store import MARKER, Checkpoint, open_checkpoint
 from qwq_jax.checkpoint.train_store import TrainStore
 from qwq_jax.config.load import load_toml
@@ -94,6 +94,12 @@ def sft(config: SftConfig) -> SftReport:
         ValueError: Bad input, in one sentence.
         Interrupted: A signal asked to stop; everything is saved.
     """
+    with sole_writer(config.output_dir) if jax.process_index() == 0 else nullcontext():
+        return train(config)
+
+
+def train(config: SftConfig) -> SftReport:
+    """The run from its start, or from where it stopped, to its end."""
     layout = train_layout(make_mesh(config.mesh))
     output = epath.Path(config.output_dir)
     start = open_start(config)
@@ -101,16 +107,16 @@ def sft(config: SftConfig) -> SftReport:
     read = partial(
         read_examples, tokenizer=tokenizer, row_length=config.sequence_length, skip_too_long=config.skip_too_long
     )
-    train = read([Path(path) for path in config.train_files])
+    examples = read([Path(path) for path in config.train_files])
     held_out = read([Path(path) for path in config.eval_files]) if config.eval_files else None
-    check_tokens(start.config, [train, held_out] if held_out else [train], tokenizer=start.tokenizer_dir)
-    describe(config, start.config, train, held_out)
+    check_tokens(start.config, [examples, held_out] if held_out else [examples], tokenizer=start.tokenizer_dir)
+    describe(config, start.config, examples, held_out)
 
     schedule = make_schedule(config.optimizer, steps=config.steps)
     optimizer = make_optimizer(config.optimizer, schedule=schedule)
     state = init_state(initial_weights(config, start, layout), optimizer)
-    stream = make_stream(config, train)
-    identity = run_identity(config, start.config, train)
+    stream = make_stream(config, examples)
+    identity = run_identity(config, start.config, examples)
     store = TrainStore(output / "checkpoints", keep=config.keep)
     state = resume(state, store, stream, identity=identity)
     step = int(state.step)

@@ -1,5 +1,6 @@
 """Weights into training and out of it: stacked on the TRAIN layout inside, an ordinary checkpoint outside."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -75,10 +76,17 @@ def write_checkpoint(
     for row in name_table(config):
         array = layer_value(params, row.path)
         if writer is not None and not writer.is_committed and row.path not in writer.finished:
+            stored = np.asarray(array, dtype)
+            exported = np.ascontiguousarray(row.to_source(stored))
             record = TensorRecord(
-                path=row.path, shape=array.shape, dtype=dtype, source=row.source, source_dtype=dtype, sha256=None
+                path=row.path,
+                shape=stored.shape,
+                dtype=dtype,
+                source=row.source,
+                source_dtype=dtype,
+                sha256=hashlib.sha256(exported.view(np.uint8).data).hexdigest(),
             )
-            writer.write(array, record)
+            writer.write(stored, record)
     if writer is not None and not writer.is_committed:
         written = json.dumps(config.to_huggingface(dtype), indent=2).encode()
         writer.commit(config, {"config.json": written, **files})

@@ -18,7 +18,7 @@ import pytest
 from qwq_jax import __main__ as command_line
 from qwq_jax.checkpoint import directory as directory_module
 from qwq_jax.checkpoint import open_checkpoint
-from qwq_jax.checkpoint.directory import LocalDirectory
+from qwq_jax.checkpoint.directory import LocalDirectory, sole_writer
 from tests.checkpoint.sources import make_source, model_config, random_tensors, tree_bytes, write_source
 
 INDEX = "model.safetensors.index.json"
@@ -249,6 +249,15 @@ def test_unwritable_destination(
 
     monkeypatch.setattr(Path, "mkdir", failing)
     assert re.search(r"cannot write .*/dest: (permission is denied|the file system is read-only)", refused(source))
+
+
+def test_a_destination_that_another_process_writes(tmp_path: Path, refused: Callable[..., str]) -> None:
+    source, ours = str(make_source(tmp_path / "hf")), str(tmp_path / "ours")
+    with sole_writer(str(tmp_path / "dest")):
+        assert "dest is being written by another process" in refused(source)
+        assert command_line.main(["convert", source, ours]) == 0
+        assert "dest is being written by another process" in refused(ours, verb="export")
+    assert command_line.main(["export", ours, str(tmp_path / "dest")]) == 0
 
 
 def test_unwritable_for_real(tmp_path: Path, refused: Callable[..., str]) -> None:

@@ -100,6 +100,14 @@ def test_bad_lines_say_where_and_what(record: Any, sentence: str) -> None:
     assert answer["id"] == "batch_req_3" and answer["custom_id"] == line.custom_id
 
 
+def test_defaults_hold_where_a_line_says_nothing() -> None:
+    defaults = SamplingParams(temperature=0.6, top_k=40, stop=("###",))
+    raw = b'{"prompt": "x", "top_k": 5, "stop": null}'
+    line = parse_line(1, raw, defaults)
+    assert isinstance(line, PromptLine)
+    assert line.params == SamplingParams(temperature=0.6, top_k=5, stop=("###",))
+
+
 def test_a_bad_line_keeps_its_name() -> None:
     assert parse(BATCH | {"url": "x"}).custom_id == "a"
 

@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from safetensors.numpy import load_file
 
 from qwq_jax.__main__ import main
+from qwq_jax.checkpoint.directory import sole_writer
 from qwq_jax.checkpoint.store import open_checkpoint, read_param
+from qwq_jax.jobs.export import export
 from qwq_jax.train.metrics import read_records
 from tests.sft.chat_directory import THINKING, VOCABULARY, write_tokenizer
 
@@ -161,6 +164,22 @@ def test_training_goes_on_from_a_checkpoint(recipe, whole, tmp_path):
     assert (
         open_checkpoint(f"{tmp_path}/next/model-000003").config == open_checkpoint(f"{whole}/model-{STEPS:06d}").config
     )
+
+
+def test_two_runs_do_not_share_a_directory(recipe, whole, capsys):
+    with sole_writer(str(whole)):
+        assert main(["sft", str(recipe)]) == 2
+    assert f"{whole} is being written by another process" in capsys.readouterr().err
+
+
+def test_the_model_is_exported_and_verified_against_what_training_held(whole, tmp_path):
+    model = f"{whole}/model-{STEPS:06d}"
+    report = export(model, str(tmp_path / "hf"))
+    assert report.verified == report.tensors
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    gate = stored_state(whole)["params|layers.mlp.gate_kernel"]
+    for layer in range(2):
+        np.testing.assert_array_equal(weights[f"model.layers.{layer}.mlp.gate_proj.weight"], gate[layer].T)
 
 
 @pytest.mark.parametrize(
