@@ -113,7 +113,7 @@ def main() -> None:
     """Runs every size and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 12])
-    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--workdir", type=Path, default=Path("out/bench"), help="place for what it makes")
     arguments = parser.parse_args()
     table = Table("layers", "GB", "job", "seconds", "MB/s", "peak GiB beyond imports", "bound GiB")
     bound = (2 * 152_064 * 5120 * 2 + GIB) / GIB

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -57,10 +58,10 @@ class ConvertReport:
         if not self.written:
             return f"nothing to do: all {self.tensors} tensors were already there"
         resumed = f", {self.tensors - self.written} were already there" if self.written < self.tensors else ""
-        rate = self.nbytes / max(self.seconds, 1e-9) / 1e6
+        rate = self.nbytes / max(self.seconds, 1e-9)
         return (
-            f"{self.written} of {self.tensors} tensors written{resumed}: {self.nbytes / 1e9:.2f} GB in "
-            f"{self.seconds:.1f} s ({rate:.0f} MB/s)"
+            f"{self.written} of {self.tensors} tensors written{resumed}: {decimal(self.nbytes)} in "
+            f"{self.seconds:.1f} s ({decimal(int(rate))}/s)"
         )
 
 

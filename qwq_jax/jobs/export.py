@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from rich.filesize import decimal
 from rich.progress import Progress, TaskID
 
 from qwq_jax.checkpoint.buffers import BufferPool
@@ -50,10 +51,10 @@ class ExportReport:
     @property
     def sentence(self) -> str:
         """For the terminal."""
-        rate = self.nbytes / max(self.seconds, 1e-9) / 1e6
+        rate = self.nbytes / max(self.seconds, 1e-9)
         return (
             f"{self.tensors} tensors in {self.files} files, {self.verified} verified by sha256: "
-            f"{self.nbytes / 1e9:.2f} GB in {self.seconds:.1f} s ({rate:.0f} MB/s)"
+            f"{decimal(self.nbytes)} in {self.seconds:.1f} s ({decimal(int(rate))}/s)"
         )
 
 
