@@ -158,7 +158,7 @@ def _choice(choice: Choice, return_token_ids: bool) -> dict[str, Any]:
 
 def _load(raw: bytes) -> dict[str, Any]:
     try:
-        text = raw.decode()
+        text = raw.decode().rstrip()
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start + 1}") from None
     try:

@@ -45,6 +45,13 @@ class GenerateReport:
     tokens_per_second: float = 0.0
     compiles: int = 0
 
+    @property
+    def sentence(self) -> str:
+        """For the terminal."""
+        earlier = f", {self.requests - self.answered} earlier" if self.answered < self.requests else ""
+        errors = f", {self.errors} with an error" if self.errors else ""
+        return f"{self.answered} of {self.requests} requests answered{earlier}{errors}"
+
 
 def generate(
     checkpoint: str,
@@ -99,7 +106,9 @@ def generate(
             progress.update(len(results.done), 0)
             assert len(results.done) == total, "a line was lost"
             results.finish()
-            return batch.report(total, progress.tokens_per_second)
+            report = batch.report(total, progress.tokens_per_second)
+    _log.info("%s: %s", output, report.sentence)
+    return report
 
 
 @dataclass
