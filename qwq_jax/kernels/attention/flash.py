@@ -1,0 +1,222 @@
+"""Causal attention on TPU, forward: FlashAttention (arXiv 2205.14135) over a list of visible block pairs.
+
+All G query heads of a kv head are rows of one product, so that each key and value is fetched once a group. Scores are
+kept in base 2; sums of probabilities stay 128 lanes wide until the last key block, so the loop has no reduction over
+lanes but the maximum.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from qwq_jax.kernels.attention.blocks import FIRST, FULL, LAST, is_mixed, plan_steps, whole_chunks
+
+LANES = 128
+# Finite, and a masked score stays below the maximum of a row that has seen no key yet: its weight is then 0, not 1.
+START = -1e30
+MASKED = -2e30
+LOG2_E = math.log2(math.e)
+
+
+def row_dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`[m, h] x [n, h] -> [m, n]` in float32."""
+    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`[m, k] x [k, n] -> [m, n]` in float32."""
+    return jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def lanes(x: jax.Array, count: int) -> jax.Array:
+    """Repeats `[m, 128]`, all of whose lanes are equal, to `[m, count]`."""
+    return jnp.concatenate([x] * (count // LANES), axis=1) if count != LANES else x
+
+
+def group_rows(ref: jax.Array, groups: int, width: int) -> jax.Array:
+    """The query heads of a block `[bq, G * H]` one below the other, `[G * bq, H]`."""
+    return jnp.concatenate([ref[:, g * width : (g + 1) * width] for g in range(groups)], axis=0)
+
+
+def _softmax_step(
+    scores: jax.Array, state: tuple[jax.Array, ...], values: jax.Array, factor: float
+) -> tuple[jax.Array, ...]:
+    """Online softmax (arXiv 1805.02867): takes in `scores [m, n]` and `values [n, h]`; state is max, sum (lanes), acc.
+
+    The factor, from scores to exponents of 2, comes after the maximum is subtracted: raw scores are then what waits for
+    the maximum, and the compiler keeps half as many values in flight. A factor of 1 costs nothing.
+    """
+    m, l, acc = state
+    m_next = jnp.maximum(m, jnp.max(scores, axis=1, keepdims=True))
+    alpha, p = m - m_next, scores - lanes(m_next, scores.shape[1])
+    alpha, p = (jnp.exp2(x if factor == 1 else x * factor) for x in (alpha, p))
+    l = l * alpha + functools.reduce(jnp.add, [p[:, i : i + LANES] for i in range(0, p.shape[1], LANES)])
+    return m_next, l, acc * lanes(alpha, acc.shape[1]) + dot(p.astype(values.dtype), values)
+
+
+def _forward_kernel(
+    outer_ref, inner_ref, bits_ref, q_ref, k_ref, v_ref, *refs, groups: int, scale: float, chunk: int, segmented: bool
+):  # noqa: ANN001, ANN202
+    segments, (o_ref, lse_ref, m_ref, l_ref, acc_ref) = refs[:-5], refs[-5:]
+    place, factor = visit(bits_ref), exponent_factor(scale)
+    bits, block_q, block_kv = bits_ref[place], q_ref.shape[0], k_ref.shape[0]
+    width = k_ref.shape[1]
+
+    @pl.when(bits & FIRST != 0)
+    def _() -> None:
+        m_ref[...] = jnp.full_like(m_ref, START)
+        l_ref[...] = jnp.zeros_like(l_ref)
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+
+    def take(at: Any, mask: jax.Array | None = None) -> None:
+        queries, keys, values = group_rows(q_ref, groups, width), k_ref[at, :], v_ref[at, :]
+        state = m_ref[...], l_ref[...], acc_ref[...]
+        scores = row_dot(queries, keys)
+        scores = scores if mask is None else jnp.where(mask, scores, MASKED)
+        m_ref[...], l_ref[...], acc_ref[...] = _softmax_step(scores, state, values, factor)
+
+    @pl.when(bits & FULL != 0)
+    def _() -> None:
+        take(slice(None))
+
+    @pl.when((bits != 0) & (bits & FULL == 0))
+    def _() -> None:
+        start, count = whole_chunks(bits)
+        pieces = 1
+        while 2 * pieces * chunk < block_kv:
+            pieces *= 2
+        while pieces:
+
+            @pl.when(count & pieces != 0)
+            def _(pieces: int = pieces) -> None:
+                # Larger pieces come first: those before this one are the higher bits of the count.
+                done = count & -(2 * pieces)
+                take(pl.ds(pl.multiple_of((start + done) * chunk, chunk), pieces * chunk))
+
+            pieces //= 2
+
+        def one(index: jax.Array, _: None) -> None:
+            @pl.when(is_mixed(bits, index))
+            def _() -> None:
+                at = pl.ds(pl.multiple_of(index * chunk, chunk), chunk)
+                row = outer_ref[place] * block_q + jax.lax.broadcasted_iota(jnp.int32, (block_q, chunk), 0)
+                first = inner_ref[place] * block_kv + index * chunk
+                visible = row >= first + jax.lax.broadcasted_iota(jnp.int32, (block_q, chunk), 1)
+                if segmented:
+                    visible &= lanes(segments[0][...], chunk) == segments[1][:1, at]
+                take(at, jnp.concatenate([visible] * groups, axis=0))
+
+        jax.lax.fori_loop(0, block_kv // chunk, one, None)
+
+    @pl.when(bits & LAST != 0)
+    def _() -> None:
+        total = jnp.broadcast_to(jnp.sum(l_ref[...], axis=1, keepdims=True), l_ref.shape)
+        seen = total > 0  # a row of nothing but padding sees no key
+        out = (acc_ref[...] * lanes(jnp.where(seen, 1.0 / total, 0.0), width)).astype(o_ref.dtype)
+        for g in range(groups):
+            o_ref[:, g * width : (g + 1) * width] = out[g * block_q : (g + 1) * block_q]
+        if lse_ref is not None:
+            lse = jnp.where(seen, m_ref[...] * scale + jnp.log(total), 0.0)
+            for g in range(groups):
+                lse_ref[g, :] = jnp.max(lse[g * block_q : (g + 1) * block_q], axis=1)
+
+
+def exponent_factor(scale: float) -> float:
+    """From scores to exponents of 2; exactly 1 where the caller has put it into the queries (`scale` is ln 2)."""
+    factor = scale * LOG2_E
+    return 1.0 if abs(factor - 1) < 1e-7 else factor
+
+
+def visit(bits_ref: jax.Array) -> tuple[jax.Array, ...]:
+    """Where the lists hold this grid step: `(row, part, number)`."""
+    return jnp.minimum(pl.program_id(0), bits_ref.shape[0] - 1), pl.program_id(2), pl.program_id(3)
+
+
+class Sizes(NamedTuple):
+    """Tile sizes: queries and keys a block, keys a chunk of a partly visible block, lists of visits (one a core)."""
+
+    block_q: int
+    block_kv: int
+    chunk: int
+    parts: int = 1
+
+
+def flash_forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    *,
+    scale: float,
+    sizes: Sizes,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of rows that are a multiple of both blocks long; the head dimension is a multiple of 128.
+
+    Args:
+        q: `[B, T, N, H]`.
+        k: `[B, T, K, H]`.
+        v: `[B, T, K, H]`.
+        segment_ids: `[B, T]` int32, PADDING for tokens that fill up; None: one segment a row.
+        scale: Factor on the scores.
+        sizes: Tiles.
+        interpret: For `pl.pallas_call`.
+
+    Returns:
+        `[B, T, N, H]` in the dtype of q, and the natural logarithm of the softmax's denominator, `[B, N, T]` float32.
+    """
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    G = N // K
+    steps = plan_steps(T, segment_ids, **sizes._asdict())
+    block_q, block_kv = sizes.block_q, sizes.block_kv
+    shared = jnp.shape(steps.bits)[0] == 1
+    at = lambda ref, b, p, i: ref[0 if shared else b, p, i]  # noqa: E731
+    query = lambda b, h, p, i, outer, inner, bits: (b, at(outer, b, p, i), h)  # noqa: E731
+    key = lambda b, h, p, i, outer, inner, bits: (b, at(inner, b, p, i), h)  # noqa: E731
+    in_specs = [
+        pl.BlockSpec((None, block_q, G * H), query),
+        pl.BlockSpec((None, block_kv, H), key),
+        pl.BlockSpec((None, block_kv, H), key),
+    ]
+    inputs = [q.reshape(B, T, N * H), k.reshape(B, T, K * H), v.reshape(B, T, K * H)]
+    if segment_ids is not None:
+        in_specs += [
+            pl.BlockSpec((None, block_q, LANES), lambda b, h, *a: (*query(b, h, *a)[:2], 0)),
+            pl.BlockSpec((None, 8, block_kv), lambda b, h, *a: (b, 0, key(b, h, *a)[1])),
+        ]
+        inputs += [
+            jnp.broadcast_to(segment_ids[:, :, None], (B, T, LANES)),
+            jnp.broadcast_to(segment_ids[:, None], (B, 8, T)),
+        ]
+    kernel = functools.partial(
+        _forward_kernel, groups=G, scale=scale, chunk=sizes.chunk, segmented=segment_ids is not None
+    )
+    out, lse = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(B, K, *jnp.shape(steps.bits)[1:]),
+            in_specs=in_specs,
+            out_specs=[
+                pl.BlockSpec((None, block_q, G * H), query),
+                pl.BlockSpec((None, None, G, block_q), lambda b, h, *a: (b, h, 0, query(b, h, *a)[1])),
+            ],
+            scratch_shapes=[pltpu.VMEM((G * block_q, width), jnp.float32) for width in (LANES, LANES, H)],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((B, T, N * H), q.dtype),
+            jax.ShapeDtypeStruct((B, K, G, T), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=100 << 20
+        ),
+        interpret=interpret,
+        name="flash_forward",
+    )(*steps, *inputs)
+    return out.reshape(B, T, N, H), lse.reshape(B, N, T)

@@ -1,0 +1,205 @@
+"""Causal attention on TPU, backward: all three gradients in one pass over the visible block pairs.
+
+Key blocks stay in place with their gradients; query blocks pass by. Probabilities are computed once, transposed
+(`[keys, queries]`), so that dK and dV are plain products and only dQ contracts over rows (equations of FlashAttention,
+arXiv 2205.14135, appendix B.2). The gradient of a passing query block lives in HBM: it is fetched while the block's
+products are computed, added to, and written back while the next ones are. Nothing grows with the square of the length.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from qwq_jax.kernels.attention.blocks import END, FIRST, FULL, LAST, NEW, is_mixed, plan_steps, whole_chunks
+from qwq_jax.kernels.attention.flash import LANES, LOG2_E, MASKED, Sizes, dot, exponent_factor, group_rows, row_dot
+from qwq_jax.kernels.attention.flash import lanes, visit
+
+
+def _backward_kernel(
+    outer_ref,
+    inner_ref,
+    bits_ref,
+    k_ref,
+    v_ref,
+    q_ref,
+    do_ref,
+    lse_ref,
+    di_ref,
+    *refs,
+    groups: int,
+    scale: float,
+    chunk: int,
+    segmented: bool,
+):  # noqa: ANN001, ANN202
+    segments, refs = (refs[:2], refs[2:]) if segmented else ((), refs)
+    dk_ref, dv_ref, dq_hbm, dk_acc, dv_acc, dq_acc, dq_in, dq_out, read_sem, write_sem = refs
+    place, factor = visit(bits_ref), exponent_factor(scale)
+    row, part, number = place
+    batch, head = pl.program_id(0), pl.program_id(1)
+    bits, block_q, block_kv, width = bits_ref[place], q_ref.shape[0], k_ref.shape[0], k_ref.shape[1]
+    query = inner_ref[place]
+    returns = (number > 0) & (inner_ref[row, part, jnp.maximum(number - 1, 0)] == query)
+    area = dq_hbm.at[part, batch, pl.ds(query * block_q, block_q), pl.ds(head * groups * width, groups * width)]
+    read = pltpu.make_async_copy(area, dq_in, read_sem)
+    write = pltpu.make_async_copy(dq_out, area, write_sem)
+
+    @pl.when(bits & FIRST != 0)
+    def _() -> None:
+        dk_acc[...] = jnp.zeros_like(dk_acc)
+        dv_acc[...] = jnp.zeros_like(dv_acc)
+
+    @pl.when((bits != 0) & (bits & NEW == 0))
+    def _() -> None:
+        pl.when(returns)(write.wait)  # what is to be read is still on its way out
+        read.start()
+
+    def take(at: Any, mask: jax.Array | None = None) -> None:
+        keys, values = k_ref[at, :], v_ref[at, :]
+        queries, d_out = group_rows(q_ref, groups, width), group_rows(do_ref, groups, width)
+        lse, di = (jnp.concatenate([x[g : g + 1, :] for g in range(groups)], axis=1) for x in (lse_ref, di_ref))
+        scores = row_dot(keys, queries)
+        scores = scores if factor == 1 else scores * factor
+        p = jnp.exp2(scores - lse * LOG2_E)
+        p = p if mask is None else jnp.where(mask, p, 0.0)
+        dv_acc[at, :] += dot(p.astype(d_out.dtype), d_out)
+        ds = (p * (row_dot(values, d_out) - di)).astype(queries.dtype)
+        dk_acc[at, :] += dot(ds, queries)
+        dq_acc[...] += jax.lax.dot_general(ds, keys, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+    @pl.when(bits != 0)
+    def _() -> None:
+        dq_acc[...] = jnp.zeros_like(dq_acc)
+
+    @pl.when(bits & FULL != 0)
+    def _() -> None:
+        take(slice(None))
+
+    @pl.when((bits != 0) & (bits & FULL == 0))
+    def _() -> None:
+        start, count = whole_chunks(bits)
+
+        def one(index: jax.Array, _: None) -> None:
+            at = pl.ds(pl.multiple_of(index * chunk, chunk), chunk)
+
+            @pl.when((index >= start) & (index < start + count))
+            def _() -> None:
+                take(at)
+
+            @pl.when(is_mixed(bits, index))
+            def _() -> None:
+                first = outer_ref[place] * block_kv + index * chunk
+                key = first + jax.lax.broadcasted_iota(jnp.int32, (chunk, block_q), 0)
+                visible = key <= query * block_q + jax.lax.broadcasted_iota(jnp.int32, (chunk, block_q), 1)
+                if segmented:
+                    visible &= lanes(segments[0][at, :], block_q) == segments[1][:1, :]
+                take(at, jnp.concatenate([visible] * groups, axis=1))
+
+        jax.lax.fori_loop(0, block_kv // chunk, one, None)
+
+    @pl.when(bits != 0)
+    def _() -> None:
+        # The write before this one leaves from the same buffer.
+        pl.when((number > 0) & ~returns)(write.wait)
+
+        @pl.when(bits & NEW != 0)
+        def _() -> None:
+            for g in range(groups):
+                dq_out[:, g * width : (g + 1) * width] = dq_acc[g * block_q : (g + 1) * block_q, :]
+
+        @pl.when(bits & NEW == 0)
+        def _() -> None:
+            read.wait()
+            for g in range(groups):
+                at = slice(g * width, (g + 1) * width)
+                dq_out[:, at] = dq_in[:, at] + dq_acc[g * block_q : (g + 1) * block_q, :]
+
+        write.start()
+        pl.when(bits & END != 0)(write.wait)
+
+    @pl.when(bits & LAST != 0)
+    def _() -> None:
+        dk_ref[...] = (dk_acc[...] * scale).astype(dk_ref.dtype)
+        dv_ref[...] = dv_acc[...].astype(dv_ref.dtype)
+
+
+def flash_backward(
+    residuals: tuple[jax.Array, ...],
+    d_out: jax.Array,
+    segment_ids: jax.Array | None,
+    *,
+    scale: float,
+    sizes: Sizes,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of q, k and v.
+
+    Args:
+        residuals: q, k, v, out and lse of `flash_forward`.
+        d_out: `[B, T, N, H]`, gradient of out.
+        segment_ids: As in the forward.
+        scale: As in the forward.
+        sizes: Tiles; they need not be those of the forward.
+        interpret: For `pl.pallas_call`.
+    """
+    q, k, v, out, lse = residuals
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    G = N // K
+    steps = plan_steps(T, segment_ids, **sizes._asdict(), by_key=True)
+    block_q, block_kv = sizes.block_q, sizes.block_kv
+    shared = jnp.shape(steps.bits)[0] == 1
+    at = lambda ref, b, p, i: ref[0 if shared else b, p, i]  # noqa: E731
+    key = lambda b, h, p, i, outer, inner, bits: (b, at(outer, b, p, i), h)  # noqa: E731
+    query = lambda b, h, p, i, outer, inner, bits: (b, at(inner, b, p, i), h)  # noqa: E731
+    keys, queries = pl.BlockSpec((None, block_kv, H), key), pl.BlockSpec((None, block_q, G * H), query)
+    per_row = pl.BlockSpec((None, None, G, block_q), lambda b, h, *a: (b, h, 0, query(b, h, *a)[1]))
+    in_specs = [keys, keys, queries, queries, per_row, per_row]
+    di = jnp.einsum("btnh,btnh->bnt", d_out.astype(jnp.float32), out.astype(jnp.float32))
+    inputs = [k.reshape(B, T, K * H), v.reshape(B, T, K * H), q.reshape(B, T, N * H), d_out.reshape(B, T, N * H)]
+    inputs += [lse.reshape(B, K, G, T), di.reshape(B, K, G, T)]
+    if segment_ids is not None:
+        in_specs += [
+            pl.BlockSpec((None, block_kv, LANES), lambda b, h, *a: (*key(b, h, *a)[:2], 0)),
+            pl.BlockSpec((None, 8, block_q), lambda b, h, *a: (b, 0, query(b, h, *a)[1])),
+        ]
+        inputs += [
+            jnp.broadcast_to(segment_ids[:, :, None], (B, T, LANES)),
+            jnp.broadcast_to(segment_ids[:, None], (B, 8, T)),
+        ]
+    vmem = lambda *shape: pltpu.VMEM(shape, jnp.float32)  # noqa: E731
+    dk, dv, dq = pl.pallas_call(
+        functools.partial(
+            _backward_kernel, groups=G, scale=scale, chunk=sizes.chunk, segmented=segment_ids is not None
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(B, K, *jnp.shape(steps.bits)[1:]),
+            in_specs=in_specs,
+            out_specs=[keys, keys, pl.BlockSpec(memory_space=pl.ANY)],
+            scratch_shapes=[
+                vmem(block_kv, H),
+                vmem(block_kv, H),
+                vmem(G * block_q, H),
+                vmem(block_q, G * H),
+                vmem(block_q, G * H),
+                pltpu.SemaphoreType.DMA,
+                pltpu.SemaphoreType.DMA,
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((B, T, K * H), k.dtype),
+            jax.ShapeDtypeStruct((B, T, K * H), v.dtype),
+            jax.ShapeDtypeStruct((sizes.parts, B, T, N * H), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=100 << 20
+        ),
+        interpret=interpret,
+        name="flash_backward",
+    )(*steps, *inputs)
+    dq = (dq.sum(0) * scale).astype(q.dtype)
+    return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)
