@@ -89,8 +89,15 @@ class Directory(Protocol):
 
 
 def open_directory(path: str | os.PathLike[str]) -> Directory:
-    """Returns the directory at a local path or a ``gs://`` address. Creates nothing."""
+    """Returns the directory at a local path or a ``gs://`` address. Creates nothing.
+
+    Raises:
+        ValueError: The address is of another kind.
+    """
     text = os.fspath(path)
+    scheme, separator, _ = text.partition("://")
+    if separator and scheme != "gs":
+        raise ValueError(f"{text}: expected a local path or a gs:// address, not {scheme}://")
     return BucketDirectory(text) if "://" in text else LocalDirectory(text)
 
 

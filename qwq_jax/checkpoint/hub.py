@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from huggingface_hub import HfApi, hf_hub_download, hf_hub_url
+from huggingface_hub import HfApi, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -35,6 +35,7 @@ class HubDirectory:
         self._repo, _, revision = location.partition("@")
         self._delete_used = delete_used
         self._local: dict[str, Path] = {}
+        self._kept: set[str] = set()  # files that were in the cache before: not ours to delete
         with _explained(location):
             info = HfApi().model_info(self._repo, revision=revision or None, files_metadata=True)
         self._commit = info.sha
@@ -74,12 +75,14 @@ class HubDirectory:
         if name in self._local:
             return
         with _explained(f"{self.path}/{name}"):
+            if isinstance(try_to_load_from_cache(self._repo, name, revision=self._commit), str):
+                self._kept.add(name)
             self._local[name] = Path(hf_hub_download(self._repo, name, revision=self._commit))
 
     def release(self, name: str) -> None:
         """The file is not needed any more."""
         local = self._local.pop(name, None)
-        if local is not None and self._delete_used:
+        if local is not None and self._delete_used and name not in self._kept:
             blob = local.resolve()
             local.unlink(missing_ok=True)
             blob.unlink(missing_ok=True)

@@ -17,7 +17,8 @@ class TensorRecord(Frozen):
         dtype: Dtype it is stored in, such as ``"bfloat16"``.
         source: Name of the Hugging Face tensor.
         source_dtype: Dtype of the Hugging Face tensor.
-        sha256: Hash of the bytes of the Hugging Face tensor, read or (after training) to be written.
+        sha256: Hash of the bytes of the Hugging Face tensor that was read, or that training would have written.
+        stored_sha256: Hash of the bytes that ``export`` writes: the same tensor in the stored dtype.
     """
 
     path: str
@@ -26,11 +27,7 @@ class TensorRecord(Frozen):
     source: str
     source_dtype: str
     sha256: str
-
-    @property
-    def is_verbatim(self) -> bool:
-        """Whether the stored values have the very bytes that `sha256` is of."""
-        return self.dtype == self.source_dtype
+    stored_sha256: str
 
 
 class Manifest(Frozen):

@@ -24,7 +24,7 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -275,7 +275,10 @@ def restore_params(checkpoint: Checkpoint, layout: Layout | None, dtype: Any = N
         item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
     )
     with ocp.Checkpointer(handler) as checkpointer, explained(f"cannot read {checkpoint.path}"), _os_errors():
-        return checkpointer.restore(f"{checkpoint.path}/{PARAMS}", args=arguments)
+        try:
+            return checkpointer.restore(f"{checkpoint.path}/{PARAMS}", args=arguments)
+        except Exception as error:  # Orbax raises nothing narrower for what tensorstore finds
+            raise ValueError(f"{checkpoint.path}: {_damage(error, abstract)}") from error
 
 
 def read_param(
@@ -297,9 +300,19 @@ def read_param(
     values = np.empty(shape, spec.dtype) if out is None else out.view(spec.dtype).reshape(shape)
     folder = f"{checkpoint.path}/{PARAMS}/{name}"
     with explained(f"cannot read {folder}"), _os_errors():
-        store = ts.open({"driver": "zarr3", "kvstore": _kvstore(folder)}, open=True).result()
+        described = {"driver": "zarr3", "kvstore": _kvstore(folder), "fill_missing_data_reads": False}
+        store = ts.open(described, open=True).result()
         ts.array(values).write(store if order is None else store.transpose(list(order))).result()
     return values
+
+
+def _damage(error: Exception, names: Iterable[str]) -> str:
+    """Which parameter an error of Orbax is about, and what tensorstore says of it."""
+    text = str(error)
+    name = max((name for name in names if f"{name}/" in text or f"'{name}'" in text), key=len, default=None)
+    reason = re.search(r"\b(NOT_FOUND|DATA_LOSS|INVALID_ARGUMENT|FAILED_PRECONDITION): ([^\[\n]*)", text)
+    cause = f" ({reason[2].strip()[:200]})" if reason else f" ({text.strip().splitlines()[0][:200]})" if text else ""
+    return f"{name or 'a parameter'} is damaged or incomplete{cause}"
 
 
 def _kvstore(path: str) -> dict[str, Any]:

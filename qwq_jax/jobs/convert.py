@@ -92,7 +92,7 @@ def _convert(source: str, dest: str, *, dtype: str | None, allow_nan: bool, low_
     started = time.monotonic()
     with explained(f"cannot read {source}"):
         opened = open_source(source, low_disk=low_disk)
-        identity = hashlib.sha256(f"{opened.fingerprint} {dtype}".encode()).hexdigest()
+        identity = hashlib.sha256(f"{opened.fingerprint} {dtype} {allow_nan}".encode()).hexdigest()
     config = _read_config(opened)
     shapes = {tensor.name: tensor.shape for tensor in opened.tensors.values()}
     table = match_tensors(config, shapes, opened.directory.path)
@@ -113,7 +113,7 @@ def _convert(source: str, dest: str, *, dtype: str | None, allow_nan: bool, low_
             files = {name: opened.directory.read(name) for name in opened.companions}
         writer.commit(config, files)
     except NonFiniteError:
-        writer.abandon()
+        writer.abandon()  # no part of it can be used: the same weights are refused again
         raise
     except ValueError as error:
         if not writer.finished:
@@ -129,7 +129,13 @@ def _read_config(source: Source) -> ModelConfig:
     try:
         return ModelConfig.from_huggingface(source.config, source.generation_config)
     except ValueError as error:
-        raise ValueError(f"{source.directory.path}/config.json: {error}") from None
+        place = source.directory.path
+        where = (
+            f"{place}/"
+            if str(error).startswith(("config.json", "generation_config.json"))
+            else f"{place}/config.json: "
+        )
+        raise ValueError(f"{where}{error}") from None
 
 
 def _destination_spec(
@@ -182,6 +188,14 @@ def progress_bar() -> Progress:
     )
 
 
+def _hash_as(values: np.ndarray, dtype: np.dtype) -> str:
+    """Hash of flat values converted to another dtype, a piece at a time."""
+    digest = hashlib.sha256()
+    for start in range(0, values.size, _PIECE):
+        digest.update(values[start : start + _PIECE].astype(dtype).view(np.uint8).data)
+    return digest.hexdigest()
+
+
 class NonFiniteError(ValueError):
     """A weight is NaN or infinite."""
 
@@ -230,16 +244,17 @@ class _Pipeline:
 
     def _write(self, row: NamePair, info: TensorInfo, buffer: np.ndarray, digest: Future[str]) -> None:
         try:
+            values, dtype = buffer.view(info.dtype), np.dtype(self._writer.spec[row.path].dtype)
             record = TensorRecord(
                 path=row.path,
                 shape=row.shape,
-                dtype=np.dtype(self._writer.spec[row.path].dtype).name,
+                dtype=dtype.name,
                 source=row.source,
                 source_dtype=info.dtype.name,
                 sha256=digest.result(),
+                stored_sha256=digest.result() if dtype == info.dtype else _hash_as(values, dtype),
             )
-            values = buffer.view(info.dtype).reshape(info.shape)
-            self._writer.write(row.to_parameter(values), record)
+            self._writer.write(row.to_parameter(values.reshape(info.shape)), record)
         except BaseException:
             self._buffers.close()
             raise

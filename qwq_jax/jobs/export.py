@@ -212,10 +212,9 @@ class _Writer:
         with ThreadPoolExecutor(1) as hasher:
             digest = hasher.submit(lambda: hashlib.sha256(buffer.data).hexdigest())
             write_bytes(file, buffer)
-            if record.is_verbatim:
-                if digest.result() != record.sha256:
-                    raise ValueError(
-                        f"{self._checkpoint.path}: {record.path} is damaged: its bytes are not those of {plan.name}"
-                    )
-                self.verified += 1
+            if digest.result() != record.stored_sha256:
+                raise ValueError(
+                    f"{self._checkpoint.path}: {record.path} is damaged: its bytes are not those of {plan.name}"
+                )
+            self.verified += 1
         self._advance(plan.nbytes)

@@ -78,13 +78,15 @@ def write_checkpoint(
         if writer is not None and not writer.is_committed and row.path not in writer.finished:
             stored = np.asarray(array, dtype)
             exported = np.ascontiguousarray(row.to_source(stored))
+            digest = hashlib.sha256(exported.view(np.uint8).data).hexdigest()
             record = TensorRecord(
                 path=row.path,
                 shape=stored.shape,
                 dtype=dtype,
                 source=row.source,
                 source_dtype=dtype,
-                sha256=hashlib.sha256(exported.view(np.uint8).data).hexdigest(),
+                sha256=digest,
+                stored_sha256=digest,
             )
             writer.write(stored, record)
     if writer is not None and not writer.is_committed:

@@ -151,6 +151,16 @@ def test_hub(tmp_path: Path, low_disk: bool) -> None:
     assert export(str(tmp_path / "ours"), str(tmp_path / "back")).verified == 27
 
 
+def test_low_disk_leaves_what_the_user_had(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "hf", dtype="bfloat16", shards=3)
+    home = tmp_path / "home"
+    with fake_hub(source) as (endpoint, _):
+        assert run_from_hub(endpoint, home, "owner/name", str(tmp_path / "first")).returncode == 0
+        done = run_from_hub(endpoint, home, "owner/name", str(tmp_path / "second"), "--low-disk")
+        assert done.returncode == 0, done.stderr
+    assert len(list(home.rglob("*.safetensors"))) == 3
+
+
 def test_unknown_hub_id(tmp_path: Path) -> None:
     with fake_hub(tmp_path) as (endpoint, _):
         unknown = run_from_hub(endpoint, tmp_path / "home", "owner/other", str(tmp_path / "dest"))
