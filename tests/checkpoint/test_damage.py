@@ -1,6 +1,8 @@
 """A checkpoint that lost or changed a byte after it was committed is refused in a sentence, never read as zeros."""
 
+import gc
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,13 @@ from tests.checkpoint.sources import make_source
 
 # Orbax drops the reads that were still under way when one fails.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def abandoned_reads_end_here() -> Iterator[None]:
+    yield
+    gc.collect()
+
 
 NAME = "layers.1.mlp.up_kernel"
 

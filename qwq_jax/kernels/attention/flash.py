@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from qwq_jax.kernels.attention.blocks import FIRST, FULL, LAST, is_mixed, plan_steps, whole_chunks
+from qwq_jax.kernels.attention.steps import FIRST, FULL, LAST, is_mixed, plan_steps, whole_chunks
 
 LANES = 128
 # Finite, and a masked score stays below the maximum of a row that has seen no key yet: its weight is then 0, not 1.
@@ -51,18 +51,19 @@ def _softmax_step(
     The factor, from scores to exponents of 2, comes after the maximum is subtracted: raw scores are then what waits for
     the maximum, and the compiler keeps half as many values in flight. A factor of 1 costs nothing.
     """
-    m, l, acc = state
+    m, total, acc = state
     m_next = jnp.maximum(m, jnp.max(scores, axis=1, keepdims=True))
     alpha, p = m - m_next, scores - lanes(m_next, scores.shape[1])
     alpha, p = (jnp.exp2(x if factor == 1 else x * factor) for x in (alpha, p))
-    l = l * alpha + functools.reduce(jnp.add, [p[:, i : i + LANES] for i in range(0, p.shape[1], LANES)])
-    return m_next, l, acc * lanes(alpha, acc.shape[1]) + dot(p.astype(values.dtype), values)
+    total = total * alpha + functools.reduce(jnp.add, [p[:, i : i + LANES] for i in range(0, p.shape[1], LANES)])
+    return m_next, total, acc * lanes(alpha, acc.shape[1]) + dot(p.astype(values.dtype), values)
 
 
 def _forward_kernel(
     outer_ref, inner_ref, bits_ref, q_ref, k_ref, v_ref, *refs, groups: int, scale: float, chunk: int, segmented: bool
 ):  # noqa: ANN001, ANN202
-    segments, (o_ref, lse_ref, m_ref, l_ref, acc_ref) = refs[:-5], refs[-5:]
+    (seg_q_ref, seg_k_ref), refs = (refs[:2], refs[2:]) if segmented else ((None, None), refs)
+    o_ref, *lse_refs, m_ref, l_ref, acc_ref = refs
     place, factor = visit(bits_ref), exponent_factor(scale)
     bits, block_q, block_kv = bits_ref[place], q_ref.shape[0], k_ref.shape[0]
     width = k_ref.shape[1]
@@ -107,8 +108,8 @@ def _forward_kernel(
                 row = outer_ref[place] * block_q + jax.lax.broadcasted_iota(jnp.int32, (block_q, chunk), 0)
                 first = inner_ref[place] * block_kv + index * chunk
                 visible = row >= first + jax.lax.broadcasted_iota(jnp.int32, (block_q, chunk), 1)
-                if segmented:
-                    visible &= lanes(segments[0][...], chunk) == segments[1][:1, at]
+                if seg_q_ref is not None and seg_k_ref is not None:
+                    visible &= lanes(seg_q_ref[...], chunk) == seg_k_ref[:1, at]
                 take(at, jnp.concatenate([visible] * groups, axis=0))
 
         jax.lax.fori_loop(0, block_kv // chunk, one, None)
@@ -120,10 +121,11 @@ def _forward_kernel(
         out = (acc_ref[...] * lanes(jnp.where(seen, 1.0 / total, 0.0), width)).astype(o_ref.dtype)
         for g in range(groups):
             o_ref[:, g * width : (g + 1) * width] = out[g * block_q : (g + 1) * block_q]
-        if lse_ref is not None:
+        for lse_ref in lse_refs:
             lse = jnp.where(seen, m_ref[...] * scale + jnp.log(total), 0.0)
             for g in range(groups):
-                lse_ref[g, :] = jnp.max(lse[g * block_q : (g + 1) * block_q], axis=1)
+                # All lanes are equal: a transposition turns the column into a row.
+                lse_ref[g : g + 1, :] = lse[g * block_q : (g + 1) * block_q].T[:1]
 
 
 def exponent_factor(scale: float) -> float:
@@ -154,8 +156,9 @@ def flash_forward(
     *,
     scale: float,
     sizes: Sizes,
+    with_lse: bool = True,
     interpret: Any = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array | None]:
     """Attention of rows that are a multiple of both blocks long; the head dimension is a multiple of 128.
 
     Args:
@@ -165,10 +168,12 @@ def flash_forward(
         segment_ids: `[B, T]` int32, PADDING for tokens that fill up; None: one segment a row.
         scale: Factor on the scores.
         sizes: Tiles.
+        with_lse: Whether the second result is wanted.
         interpret: For `pl.pallas_call`.
 
     Returns:
-        `[B, T, N, H]` in the dtype of q, and the natural logarithm of the softmax's denominator, `[B, N, T]` float32.
+        `[B, T, N, H]` in the dtype of q, and the natural logarithm of the softmax's denominator, `[B, N, T]` float32,
+        or None.
     """
     B, T, N, H = q.shape
     K = k.shape[2]
@@ -197,26 +202,25 @@ def flash_forward(
     kernel = functools.partial(
         _forward_kernel, groups=G, scale=scale, chunk=sizes.chunk, segmented=segment_ids is not None
     )
-    out, lse = pl.pallas_call(
+    out_specs = [pl.BlockSpec((None, block_q, G * H), query)]
+    out_shape = [jax.ShapeDtypeStruct((B, T, N * H), q.dtype)]
+    if with_lse:
+        out_specs.append(pl.BlockSpec((None, None, G, block_q), lambda b, h, *a: (b, h, 0, query(b, h, *a)[1])))
+        out_shape.append(jax.ShapeDtypeStruct((B, K, G, T), jnp.float32))
+    out, *lse = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(B, K, *jnp.shape(steps.bits)[1:]),
             in_specs=in_specs,
-            out_specs=[
-                pl.BlockSpec((None, block_q, G * H), query),
-                pl.BlockSpec((None, None, G, block_q), lambda b, h, *a: (b, h, 0, query(b, h, *a)[1])),
-            ],
+            out_specs=out_specs,
             scratch_shapes=[pltpu.VMEM((G * block_q, width), jnp.float32) for width in (LANES, LANES, H)],
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct((B, T, N * H), q.dtype),
-            jax.ShapeDtypeStruct((B, K, G, T), jnp.float32),
-        ],
+        out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=100 << 20
         ),
         interpret=interpret,
         name="flash_forward",
     )(*steps, *inputs)
-    return out.reshape(B, T, N, H), lse.reshape(B, N, T)
+    return out.reshape(B, T, N, H), lse[0].reshape(B, N, T) if lse else None

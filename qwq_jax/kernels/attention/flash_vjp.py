@@ -14,9 +14,18 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from qwq_jax.kernels.attention.blocks import END, FIRST, FULL, LAST, NEW, is_mixed, plan_steps, whole_chunks
-from qwq_jax.kernels.attention.flash import LANES, LOG2_E, MASKED, Sizes, dot, exponent_factor, group_rows, row_dot
-from qwq_jax.kernels.attention.flash import lanes, visit
+from qwq_jax.kernels.attention.flash import (
+    LANES,
+    LOG2_E,
+    Sizes,
+    dot,
+    exponent_factor,
+    group_rows,
+    lanes,
+    row_dot,
+    visit,
+)
+from qwq_jax.kernels.attention.steps import END, FIRST, FULL, LAST, NEW, is_mixed, plan_steps, whole_chunks
 
 
 def _backward_kernel(
@@ -35,7 +44,7 @@ def _backward_kernel(
     chunk: int,
     segmented: bool,
 ):  # noqa: ANN001, ANN202
-    segments, refs = (refs[:2], refs[2:]) if segmented else ((), refs)
+    (seg_k_ref, seg_q_ref), refs = (refs[:2], refs[2:]) if segmented else ((None, None), refs)
     dk_ref, dv_ref, dq_hbm, dk_acc, dv_acc, dq_acc, dq_in, dq_out, read_sem, write_sem = refs
     place, factor = visit(bits_ref), exponent_factor(scale)
     row, part, number = place
@@ -94,8 +103,8 @@ def _backward_kernel(
                 first = outer_ref[place] * block_kv + index * chunk
                 key = first + jax.lax.broadcasted_iota(jnp.int32, (chunk, block_q), 0)
                 visible = key <= query * block_q + jax.lax.broadcasted_iota(jnp.int32, (chunk, block_q), 1)
-                if segmented:
-                    visible &= lanes(segments[0][at, :], block_q) == segments[1][:1, :]
+                if seg_k_ref is not None and seg_q_ref is not None:
+                    visible &= lanes(seg_k_ref[at, :], block_q) == seg_q_ref[:1, :]
                 take(at, jnp.concatenate([visible] * groups, axis=1))
 
         jax.lax.fori_loop(0, block_kv // chunk, one, None)
