@@ -114,7 +114,7 @@ def convert(
     job.convert(source, dest, dtype=dtype, allow_nan=allow_nan, low_disk=low_disk)
 
 
-@app.command(epilog="Example: `qwq-jax export runs/sft/best exported`")
+@app.command(epilog="Example: `qwq-jax export runs/sft/model-000800 exported`")
 def export(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint directory, local or gs://.")],
     dest: Annotated[str, typer.Argument(help="Hugging Face directory to write.")],

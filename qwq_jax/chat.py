@@ -109,7 +109,7 @@ class ChatTokenizer:
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
             raise ValueError(f"the chat template of {self.directory} refused the messages: {error}") from error
 
     @functools.cached_property
@@ -261,7 +261,21 @@ def checked_message(message: Message, index: int) -> dict[str, Any]:
             raise ValueError(f"{where}: content is missing")
     elif not isinstance(content, str):
         raise ValueError(f"{where}: content must be a string, not {content!r}")
+    for name in ("reasoning_content", "name", "tool_call_id"):
+        if not isinstance(checked.get(name, ""), str):
+            raise ValueError(f"{where}: {name} must be a string, not {checked[name]!r}")
+    _check_tool_calls(checked.get("tool_calls", []), f"{where}.tool_calls")
     return checked
+
+
+def _check_tool_calls(calls: Any, where: str) -> None:
+    """OpenAI's shape: ``[{"function": {"name": "...", "arguments": ...}}]``."""
+    if not isinstance(calls, list):
+        raise ValueError(f"{where}: a list is needed, not {calls!r}")
+    for index, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ValueError(f"{where}[{index}]: a function with a name is needed, not {call!r}")
 
 
 def _listed(messages: Sequence[Message]) -> Sequence[Message]:

@@ -17,6 +17,7 @@ axis.
 | layers       | L of stacked weights                | -            | -            |
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qwq_jax.config.mesh import MeshConfig
+
+_log = logging.getLogger(__name__)
 
 Axes = tuple[str | None, ...]
 
@@ -135,7 +138,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         devices: The `jax.Device`s to use, all by default; a mesh smaller than their number uses the first ones.
 
     Raises:
-        ValueError: There are fewer devices than the mesh needs.
+        ValueError: There are fewer devices than the mesh needs, or several processes and more.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = (config.data, config.fsdp, config.tensor)
@@ -144,6 +147,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         raise ValueError(
             f"mesh data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} needs {needed} devices; "
             f"{len(devices)} are present"
+        )
+    if needed < len(devices):
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"mesh data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} leaves "
+                f"{len(devices) - needed} of {len(devices)} devices out; with several processes it must use all"
+            )
+        _log.info(
+            "the mesh uses %d of %d devices; mesh.data, mesh.fsdp and mesh.tensor make it larger", needed, len(devices)
         )
     auto = (AxisType.Auto,) * len(MESH_AXES)
     if needed == len(devices):  # lets jax order the devices along the machine's network

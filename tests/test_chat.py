@@ -273,6 +273,26 @@ def test_without_a_template_only_text_and_ids(editable):
         tokenizer.apply_template([USER])
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("tool_calls", 5, r"messages\[1\].tool_calls: a list is needed, not 5"),
+        ("tool_calls", [{"name": 5}], r"messages\[1\].tool_calls\[0\]: a function with a name is needed"),
+        ("reasoning_content", 5, r"messages\[1\]: reasoning_content must be a string"),
+    ],
+)
+def test_malformed_parts_of_a_message_are_named(ours, field, value, sentence):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", field: value}]
+    with pytest.raises(ValueError, match=sentence):
+        ours.apply_template(messages)
+
+
+def test_whatever_a_template_trips_over_is_a_sentence(editable):
+    (editable / "chat_template.jinja").write_text("{{ messages[0].content + 5 }}")
+    with pytest.raises(ValueError, match="the chat template of .* refused the messages"):
+        ChatTokenizer.from_directory(editable).apply_template([{"role": "user", "content": "a"}])
+
+
 def test_directories_that_are_no_tokenizer(editable, tmp_path):
     with pytest.raises(ValueError, match="no tokenizer.json"):
         ChatTokenizer.from_directory(tmp_path / "absent")

@@ -47,8 +47,21 @@ def test_a_mesh_larger_than_the_machine_is_refused():
         make_mesh(MeshConfig(data=4, tensor=4))
 
 
-def test_a_smaller_mesh_uses_the_first_devices():
-    assert make_mesh(MeshConfig(tensor=2)).devices.ravel().tolist() == jax.devices()[:2]
+def test_a_smaller_mesh_uses_the_first_devices_and_says_so(caplog):
+    with caplog.at_level("INFO", logger="qwq_jax.sharding"):
+        make_mesh(MeshConfig(data=8))
+        assert not caplog.messages
+        assert make_mesh(MeshConfig(tensor=2)).devices.ravel().tolist() == jax.devices()[:2]
+    [message] = caplog.messages
+    assert "uses 2 of 8 devices" in message
+
+
+def test_several_processes_must_use_every_device(monkeypatch):
+    """A process without a device of the mesh would have no part in the run."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    make_mesh(MeshConfig(data=8))
+    with pytest.raises(ValueError, match="tensor=2 leaves 6 of 8 devices out; with several processes it must use all"):
+        make_mesh(MeshConfig(tensor=2))
 
 
 def test_every_parameter_has_a_place_on_every_mesh(tiny_config):

@@ -12,7 +12,8 @@ from qwq_jax.chat import ChatTokenizer
 from qwq_jax.config.engine import EngineConfig
 from qwq_jax.config.mesh import MeshConfig
 from qwq_jax.config.sampling import SamplingParams
-from qwq_jax.engine import Engine, Request
+from qwq_jax.engine.engine import Engine
+from qwq_jax.engine.request import Request
 from qwq_jax.jobs.demo import LEVELS
 from qwq_jax.rl.rewards.arithmetic import Split, is_correct, problems
 

@@ -23,6 +23,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from qwq_jax.checkpoint.directory import open_directory
+
 MARKER = "COMMITTED"
 
 
@@ -78,11 +80,13 @@ class TrainStore:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             checkpointer.save(path / "arrays", args=ocp.args.PyTreeSave(flatten(arrays)))
         if jax.process_index() == 0:
-            (path / "record.json").write_text(json.dumps({"metric": metric, "record": dict(record)}, indent=2))
-            (path / MARKER).write_text("")
-        barrier(f"train_store_commit_{step}")
-        if jax.process_index() == 0:
+            directory = open_directory(str(path))
+            directory.sync("arrays")
+            directory.write("record.json", json.dumps({"metric": metric, "record": dict(record)}, indent=2).encode())
+            directory.write(MARKER, b"committed\n")
             self._prune()
+        # Nobody looks at the directory while it changes.
+        barrier(f"train_store_commit_{step}")
 
     def restore(self, step: int, target: Any) -> Any:
         """Reads a checkpoint into the structure of `target`, a tree of ``ShapeDtypeStruct`` with shardings.

@@ -63,11 +63,6 @@ class ModelConfig(Frozen):
         return self
 
     @property
-    def group_size(self) -> int:
-        """``G``, query heads per key-value head."""
-        return self.num_heads // self.num_kv_heads
-
-    @property
     def max_context(self) -> int:
         """Longest context the positions are made for, YaRN included."""
         if self.yarn is None:

@@ -57,11 +57,11 @@ class SamplingParams(Frozen):
 
     temperature: float = Field(default=1.0, ge=0.0, le=2.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    top_k: NonNegativeInt = 0
+    top_k: int = Field(default=0, ge=0, lt=2**31)
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
     max_tokens: PositiveInt = 16_384
     stop: tuple[str, ...] = Field(default=(), max_length=16)
-    stop_token_ids: tuple[NonNegativeInt, ...] = ()
+    stop_token_ids: tuple[NonNegativeInt, ...] = Field(default=(), max_length=64)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     n: int = Field(default=1, ge=1, le=128)
     ignore_eos: bool = False

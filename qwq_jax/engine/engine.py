@@ -26,6 +26,8 @@ from qwq_jax.engine.scheduler import Scheduler
 from qwq_jax.engine.step import Runner, Schedule, StepBuilder, StepResult, Work
 from qwq_jax.sharding import decode_layout, make_mesh
 
+ONE_DEVICE = MeshConfig()
+
 
 @dataclass(frozen=True)
 class StepOutput:
@@ -71,7 +73,9 @@ class Engine:
         self._arrivals = 0
 
     @classmethod
-    def from_checkpoint(cls, path: str, *, mesh: MeshConfig, config: EngineConfig, run_seed: int = 0) -> "Engine":
+    def from_checkpoint(
+        cls, path: str, *, mesh: MeshConfig = ONE_DEVICE, config: EngineConfig, run_seed: int = 0
+    ) -> "Engine":
         """Restore a checkpoint straight onto the devices of a mesh."""
         checkpoint = open_checkpoint(path)
         layout = decode_layout(make_mesh(mesh))

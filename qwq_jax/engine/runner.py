@@ -13,7 +13,7 @@ from qwq_jax.config.engine import EngineConfig
 from qwq_jax.config.model import ModelConfig
 from qwq_jax.engine.pages import pages_for
 from qwq_jax.engine.step import MAX_TOP_LOGPROBS, EngineShape, StepPlan, StepResult
-from qwq_jax.model.attention import paged_attend
+from qwq_jax.model.attention import PagedBatch, paged_attend
 from qwq_jax.model.cache import allocate_cache, cache_spec
 from qwq_jax.model.params import Params, bind
 from qwq_jax.sampling import Sampled, SamplingArrays, sample
@@ -72,10 +72,7 @@ class DeviceRunner:
         arrays = _unpack(packed, self.shape, prefill_tokens, table_width)
         attend = paged_attend(
             self._layout,
-            page_table=arrays["page_table"],
-            kv_length=arrays["kv_length"],
-            query_start=arrays["query_start"],
-            positions=arrays["positions"],
+            PagedBatch(*(arrays[name] for name in PagedBatch._fields)),
             decode_rows=self.shape.max_sequences,
             max_query=prefill_tokens,
             pool=(self.shape.num_pages, self.shape.page_size),
@@ -93,11 +90,19 @@ def engine_shape(model: ModelConfig, layout: Layout, config: EngineConfig) -> En
     if max_context > model.max_context:
         raise ValueError(f"max_context {max_context} is beyond the {model.max_context} positions of the model")
     wanted = config.max_sequences * pages_for(max_context, config.page_size)
+    num_pages = config.num_pages or min(wanted, _affordable_pages(model, layout, config))
+    if num_pages * config.page_size < max_context:
+        room = num_pages * config.page_size
+        cause = "engine.num_pages holds" if config.num_pages else "memory has room for"
+        raise ValueError(
+            f"{cause} {room} tokens of cache, fewer than one sequence of the context of {max_context}: "
+            f"set engine.max_context={room} or less"
+        )
     return EngineShape(
         replicas=layout.size("replica"),
         max_sequences=config.max_sequences,
         max_context=max_context,
-        num_pages=config.num_pages or min(wanted, _affordable_pages(model, layout, config)),
+        num_pages=num_pages,
         page_size=config.page_size,
         prefill_chunk=config.prefill_chunk,
         max_prefill_sequences=config.max_prefill_sequences,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwq_jax.config.json_line import load_json_line, shortened
 from qwq_jax.config.sampling import SamplingParams
 
 URL = "/v1/chat/completions"
@@ -91,11 +92,11 @@ def parse_line(number: int, raw: bytes, defaults: SamplingParams | None = None) 
     """Understand one line, or say what is wrong with it."""
     custom_id = f"line-{number}"
     try:
-        record = _load(raw)
+        record = load_json_line(raw)
         name = record.pop("custom_id", None)
         if name is not None:
             if not isinstance(name, str) or not name:
-                raise ValueError(f"custom_id: expected a text that is not empty, got {_short(name)}")
+                raise ValueError(f"custom_id: expected a text that is not empty, got {shortened(name)}")
             custom_id = name
         return _understand(number, custom_id, _body(record), defaults)
     except ValueError as error:
@@ -156,43 +157,6 @@ def _choice(choice: Choice, return_token_ids: bool) -> dict[str, Any]:
     return record
 
 
-def _load(raw: bytes) -> dict[str, Any]:
-    try:
-        text = raw.decode().rstrip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start + 1}") from None
-    try:
-        record = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"expected a JSON object, but at column {error.colno}: {error.msg}") from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object, got {_short(record)}")
-    if "\\u" in text:
-        _refuse_surrogates(record)
-    return record
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)}: given twice")
-    return record
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _refuse_surrogates(record: dict[str, Any]) -> None:
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError("a text holds half of a surrogate pair, which is no character") from None
-
-
 def _body(record: dict[str, Any]) -> dict[str, Any]:
     """The body of an OpenAI line, or the short line itself."""
     if "body" not in record:
@@ -204,11 +168,11 @@ def _body(record: dict[str, Any]) -> dict[str, Any]:
     if record:
         raise ValueError(f"{next(iter(record))}: unknown field beside body")
     if method != "POST":
-        raise ValueError(f"method: expected 'POST', got {_short(method)}")
+        raise ValueError(f"method: expected 'POST', got {shortened(method)}")
     if url != URL:
-        raise ValueError(f"url: expected {URL!r}, got {_short(url)}")
+        raise ValueError(f"url: expected {URL!r}, got {shortened(url)}")
     if not isinstance(body, dict):
-        raise ValueError(f"body: expected a JSON object, got {_short(body)}")
+        raise ValueError(f"body: expected a JSON object, got {shortened(body)}")
     return body
 
 
@@ -219,10 +183,10 @@ def _understand(number: int, custom_id: str, body: dict[str, Any], defaults: Sam
         raise ValueError(f"expected one of messages, prompt and prompt_token_ids, got {found}")
     return_token_ids = body.get("return_token_ids") or False
     if not isinstance(return_token_ids, bool):
-        raise ValueError(f"return_token_ids: expected true or false, got {_short(return_token_ids)}")
+        raise ValueError(f"return_token_ids: expected true or false, got {shortened(return_token_ids)}")
     model = body.get("model")
     if model is not None and not isinstance(model, str):
-        raise ValueError(f"model: expected a text, got {_short(model)}")
+        raise ValueError(f"model: expected a text, got {shortened(model)}")
     line = PromptLine(number, custom_id, SamplingParams.from_openai(body, defaults), return_token_ids, model)
     return {"messages": _with_messages, "prompt": _with_prompt, "prompt_token_ids": _with_ids}[given[0]](
         line, body[given[0]]
@@ -231,26 +195,21 @@ def _understand(number: int, custom_id: str, body: dict[str, Any], defaults: Sam
 
 def _with_messages(line: PromptLine, value: Any) -> PromptLine:
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
-        raise ValueError(f"messages: expected a list of objects that is not empty, got {_short(value)}")
+        raise ValueError(f"messages: expected a list of objects that is not empty, got {shortened(value)}")
     return _replace(line, messages=tuple(value))
 
 
 def _with_prompt(line: PromptLine, value: Any) -> PromptLine:
     if not isinstance(value, str):
-        raise ValueError(f"prompt: expected a text, got {_short(value)}")
+        raise ValueError(f"prompt: expected a text, got {shortened(value)}")
     return _replace(line, prompt=value)
 
 
 def _with_ids(line: PromptLine, value: Any) -> PromptLine:
     if not isinstance(value, list) or not all(type(token) is int and token >= 0 for token in value):
-        raise ValueError(f"prompt_token_ids: expected a list of token ids, got {_short(value)}")
+        raise ValueError(f"prompt_token_ids: expected a list of token ids, got {shortened(value)}")
     return _replace(line, prompt_token_ids=tuple(value))
 
 
 def _replace(line: PromptLine, **prompt: Any) -> PromptLine:
     return PromptLine(line.number, line.custom_id, line.params, line.return_token_ids, line.model, **prompt)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."

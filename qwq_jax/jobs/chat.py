@@ -40,7 +40,12 @@ def chat(
         sampling: How tokens are drawn.
         source: Where messages come from, stdin by default; a prompt is shown only if it is a terminal.
         console: Where answers go, stdout by default.
+
+    Raises:
+        ValueError: The checkpoint cannot be used, or sampling asks for what a terminal does not show.
     """
+    if sampling.n != 1 or sampling.logprobs or sampling.stop:
+        raise ValueError("sampling.n, sampling.logprobs and sampling.stop have no meaning in a chat: leave them out")
     messages = source if source is not None else sys.stdin
     console = console or Console(highlight=False, soft_wrap=True)
     tokenizer = ChatTokenizer.from_directory(open_checkpoint(checkpoint).tokenizer_dir)

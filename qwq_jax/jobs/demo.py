@@ -28,14 +28,15 @@ ENGINE = EngineConfig(
 )
 
 
-def demo(output: Path) -> None:
+def demo(output: Path, *, count: int = PROBLEMS) -> None:
     """Runs the demo; what it makes stays in `output`, and a second run continues the first.
 
     Args:
         output: Directory for the checkpoint, the problems, the answers and the exported model.
+        count: Number of problems.
 
     Raises:
-        ValueError: `output` holds something else, or fewer than two devices can form the mesh.
+        ValueError: `output` holds something else, or cannot be written to.
     """
     console = Console(highlight=False)
     checkpoint, exported = output / "checkpoint", output / "exported"
@@ -46,11 +47,11 @@ def demo(output: Path) -> None:
     convert(str(TINY_REASONER), str(checkpoint))
 
     mesh = mesh_of(jax.device_count())
-    console.rule(f"2. {PROBLEMS} held-out problems on a mesh of {mesh.data} x {mesh.tensor} devices (data x tensor)")
-    questions = held_out_problems(PROBLEMS)
+    console.rule(f"2. {count} held-out problems on a mesh of {mesh.data} x {mesh.tensor} devices (data x tensor)")
+    questions = held_out_problems(count)
     asked.write_text("".join(json.dumps(line) + "\n" for line in request_lines(questions)))
     started = time.perf_counter()
-    generate(str(checkpoint), asked, answered, engine=ENGINE, mesh=mesh)
+    report = generate(str(checkpoint), asked, answered, engine=ENGINE, mesh=mesh)
     seconds = time.perf_counter() - started
 
     console.rule("3. Its answers")
@@ -58,11 +59,11 @@ def demo(output: Path) -> None:
     marks = [is_correct(reply_text(body), each.answer) for each, body in zip(questions, answers, strict=True)]
     for problem, body in itertools.islice(zip(questions, answers, strict=True), SHOWN):
         show(console, problem, body)
-    tokens = sum(body["usage"]["completion_tokens"] for body in answers)
     console.print(f"[bold]{sum(marks)} of {len(marks)} right ({sum(marks) / len(marks):.0%})[/bold]")
-    console.print(
-        f"{tokens} tokens in {seconds:.1f} s: {tokens / seconds:.0f} tokens/s, loading and compiling included"
-    )
+    tokens = report.generated_tokens
+    if tokens:
+        rate = f"{tokens / seconds:.0f} tokens/s, loading and compiling included"
+        console.print(f"{tokens} tokens in {seconds:.1f} s: {rate}")
 
     console.rule("4. Back to Hugging Face")
     export(str(checkpoint), str(exported))

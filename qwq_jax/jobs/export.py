@@ -5,6 +5,7 @@ directory cannot be renamed: there they grow in place, and config.json, without 
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from qwq_jax.jobs.convert import progress_bar
 
 MAX_SHARD_BYTES = 5_000_000_000
 _CLAIM = "exporting.json"
+_PIECE = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class ExportReport:
     @property
     def sentence(self) -> str:
         """For the terminal."""
+        if not self.nbytes:
+            return f"nothing to do: all {self.tensors} tensors were already there, verified by sha256"
         rate = self.nbytes / max(self.seconds, 1e-9)
         return (
             f"{self.tensors} tensors in {self.files} files, {self.verified} verified by sha256: "
@@ -83,6 +87,8 @@ def _export(checkpoint: str, dest: str, max_shard_bytes: int) -> ExportReport:
     rows = {row.source: row for row in name_table(opened.config)}
     plans = [TensorPlan(row.source, np.dtype(opened.spec[row.path].dtype), row.source_shape) for row in rows.values()]
     shards = plan_shards(plans, max_shard_bytes)
+    if _is_there(opened, rows, shards, open_directory(dest)):
+        return ExportReport(len(shards), len(plans), len(plans), 0, time.monotonic() - started)
     with explained(f"cannot write {dest}"):
         directory = _claim(opened, dest, max_shard_bytes)
         todo = {name: shard for name, shard in shards.items() if name not in directory.sizes()}
@@ -97,6 +103,50 @@ def _export(checkpoint: str, dest: str, max_shard_bytes: int) -> ExportReport:
                 directory.remove_if_empty()
             raise
     return ExportReport(len(shards), len(plans), verified, nbytes, time.monotonic() - started)
+
+
+def _is_there(
+    checkpoint: Checkpoint, rows: Mapping[str, NamePair], shards: Mapping[str, list[TensorPlan]], final: Directory
+) -> bool:
+    """Whether the destination holds this very export, every byte of every tensor."""
+    with explained(f"cannot read {final.path}"):
+        sizes = final.sizes()
+        whole = {name: len(header_bytes(shard)) + sum(t.nbytes for t in shard) for name, shard in shards.items()}
+        if _CLAIM in sizes or any(sizes.get(name) != size for name, size in whole.items()):
+            return False
+        expected = _companions(checkpoint, shards)
+        if any(name not in sizes or final.read(name) != data for name, data in expected.items()):
+            return False
+        digests = {record.path: record.stored_sha256 for record in checkpoint.manifest.tensors}
+        return all(
+            _sha256(final, name, start, start + tensor.nbytes) == digests[rows[tensor.name].path]
+            for name, shard in shards.items()
+            for tensor, start in zip(shard, _starts(shard), strict=True)
+        )
+
+
+def _starts(shard: list[TensorPlan]) -> list[int]:
+    """Where each tensor begins in its file."""
+    sizes = [tensor.nbytes for tensor in shard]
+    return list(itertools.accumulate(sizes[:-1], initial=len(header_bytes(shard))))
+
+
+def _sha256(directory: Directory, name: str, start: int, stop: int) -> str:
+    digest = hashlib.sha256()
+    for begin in range(start, stop, _PIECE):
+        piece = bytearray(min(_PIECE, stop - begin))
+        directory.read_into(name, begin, memoryview(piece))
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _companions(checkpoint: Checkpoint, shards: Mapping[str, list[TensorPlan]]) -> dict[str, bytes]:
+    """Every file beside the weights, config.json last: nothing loads without it."""
+    files = {name: checkpoint.directory.read(name) for name in checkpoint.manifest.files}
+    if len(shards) > 1:
+        files[INDEX] = index_json(shards)
+    config = _config_json(checkpoint, files.pop("config.json", None))
+    return {**files, "config.json": config}
 
 
 def _write_shards(
@@ -145,11 +195,7 @@ def _check_space(directory: Directory, needed: int) -> None:
 
 
 def _finish(checkpoint: Checkpoint, directory: Directory, shards: Mapping[str, list[TensorPlan]], dest: str) -> None:
-    files = {name: checkpoint.directory.read(name) for name in checkpoint.manifest.files}
-    if len(shards) > 1:
-        files[INDEX] = index_json(shards)
-    config = _config_json(checkpoint, files.pop("config.json", None))
-    for name, data in {**files, "config.json": config}.items():
+    for name, data in _companions(checkpoint, shards).items():
         directory.write(name, data)
     if directory.path.rstrip("/") != dest.rstrip("/"):
         os.rename(directory.path, dest)

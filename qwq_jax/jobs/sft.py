@@ -6,7 +6,7 @@
       metrics.jsonl          one record a step: loss, eval_loss, grad_norm, learning_rate, tokens, ...
       tensorboard/           the same numbers as events
       checkpoints/           to go on from: parameters, optimizer, data position
-      model-000800/          what `generate`, `serve`, `export` take, written when the run ends
+      model-000800/          what `generate`, `chat`, `export` take, written when the run ends
 """
 
 import hashlib
@@ -37,7 +37,7 @@ from qwq_jax.jobs.convert import convert
 from qwq_jax.sft.data import Examples, read_examples
 from qwq_jax.sft.loss import make_sft_loss
 from qwq_jax.sft.stream import BatchStream, plan_steps
-from qwq_jax.sft.trainer import Intervals, Trainer, Work, resume
+from qwq_jax.sft.trainer import Intervals, Trainer, Work, newest_step
 from qwq_jax.sharding import Layout, make_mesh, train_layout
 from qwq_jax.train.batch import place_batch
 from qwq_jax.train.metrics import MetricsLog
@@ -45,7 +45,7 @@ from qwq_jax.train.optimizer import make_optimizer, make_schedule
 from qwq_jax.train.packing import PackedRows, fill_rows, plan_rows
 from qwq_jax.train.state import Params, TrainState, abstract_state, init_state
 from qwq_jax.train.step import Loss, make_eval_step, make_train_step
-from qwq_jax.train.weights import checkpoint_weights, companion_files, random_weights, write_checkpoint
+from qwq_jax.train.weights import abstract_params, checkpoint_weights, companion_files, random_weights, write_checkpoint
 
 LOG = logging.getLogger(__name__)
 
@@ -109,19 +109,25 @@ def train(config: SftConfig) -> SftReport:
     )
     examples = read([Path(path) for path in config.train_files])
     held_out = read([Path(path) for path in config.eval_files]) if config.eval_files else None
+    check_model(config, start.config)
     check_tokens(start.config, [examples, held_out] if held_out else [examples], tokenizer=start.tokenizer_dir)
     describe(config, start.config, examples, held_out)
 
     schedule = make_schedule(config.optimizer, steps=config.steps)
     optimizer = make_optimizer(config.optimizer, schedule=schedule)
-    state = init_state(initial_weights(config, start, layout), optimizer)
     stream = make_stream(config, examples)
-    identity = run_identity(config, start.config, examples)
+    identity = run_identity(config, start.config, examples, held_out)
     store = TrainStore(output / "checkpoints", keep=config.keep)
-    state = resume(state, store, stream, identity=identity)
-    step = int(state.step)
+    target = abstract_state(abstract_params(start.config, dtype=config.param_dtype, layout=layout), optimizer)
+    step = newest_step(store, identity=identity) or 0
+    if step > config.last_step:
+        raise ValueError(f"{output} is at step {step} already, beyond stop_after = {config.last_step}")
     if step:
         LOG.info("going on after step %d of %s", step, output)
+        state = store.restore(step, target)
+        stream.set_state(store.record(step)["stream"])
+    else:
+        state = init_state(initial_weights(config, start, layout), optimizer)
 
     loss = make_sft_loss(
         start.config,
@@ -132,7 +138,7 @@ def train(config: SftConfig) -> SftReport:
     )
     place = partial(place_batch, accumulation=config.accumulation, layout=layout)
     work = Work(
-        train_step=make_train_step(loss, optimizer, shardings=jax.tree.map(lambda x: x.sharding, state)),
+        train_step=make_train_step(loss, optimizer, shardings=jax.tree.map(lambda x: x.sharding, target)),
         place=place,
         evaluate=make_evaluate(config, loss, held_out, place=place) if held_out else None,
         learning_rate=schedule,
@@ -146,7 +152,7 @@ def train(config: SftConfig) -> SftReport:
         outcome = trainer.run(state, should_stop=stop, report=report)
     if not outcome.finished:
         raise Interrupted(f"step {int(outcome.state.step)} is saved in {output}; the same command goes on from there")
-    return finish(config, start, outcome.state, store=store)
+    return finish(config, start, outcome.state, store=store, target=target)
 
 
 def open_start(config: SftConfig) -> Start:
@@ -174,6 +180,18 @@ def initial_weights(config: SftConfig, start: Start, layout: Layout) -> Params:
     return checkpoint_weights(start.checkpoint, dtype=config.param_dtype, layout=layout)
 
 
+def check_model(config: SftConfig, model: ModelConfig) -> None:
+    """Raises a ValueError if the model cannot be trained so, or could not be written down afterwards."""
+    if config.sequence_length > model.max_context:
+        raise ValueError(
+            f"sequence_length {config.sequence_length} is beyond the {model.max_context} positions of {config.model}"
+        )
+    try:
+        model.to_huggingface(config.final_dtype)
+    except ValueError as error:
+        raise ValueError(f"{config.model}: {error}") from None
+
+
 def check_tokens(config: ModelConfig, data: Iterable[Examples], *, tokenizer: str) -> None:
     """Raises a ValueError if a token has no row in the embedding."""
     largest = max(int(segment.tokens.max()) for examples in data for segment in examples.segments)
@@ -193,10 +211,15 @@ def make_stream(config: SftConfig, train: Examples) -> BatchStream:
     return BatchStream(train.segments, plan, row_length=config.sequence_length)
 
 
-def run_identity(config: SftConfig, model: ModelConfig, train: Examples) -> dict[str, Any]:
+def run_identity(config: SftConfig, model: ModelConfig, train: Examples, held_out: Examples | None) -> dict[str, Any]:
     """What must not change between the parts of an interrupted run."""
     settings = config.model_dump(mode="json", include=IDENTITY)
-    return {**settings, "architecture": model.model_dump(mode="json"), "train_data": train.fingerprint()}
+    return {
+        **settings,
+        "architecture": model.model_dump(mode="json"),
+        "train_data": train.fingerprint(),
+        "held_out_data": held_out.fingerprint() if held_out else None,  # its loss ranks the checkpoints
+    }
 
 
 def make_evaluate(
@@ -221,13 +244,15 @@ def make_evaluate(
     return evaluate
 
 
-def finish(config: SftConfig, start: Start, state: TrainState, *, store: TrainStore) -> SftReport:
-    """Writes the final weights as a checkpoint."""
+def finish(config: SftConfig, start: Start, state: TrainState, *, store: TrainStore, target: TrainState) -> SftReport:
+    """Writes the final weights as a checkpoint; `target` describes a state."""
     last = int(state.step)
     chosen = store.best_step() if config.final == "best" else last
     assert chosen is not None, "the last step is always evaluated"
     if chosen != last:
-        state = store.restore(chosen, abstract_state(state))
+        # One state at a time: there may not be room for two.
+        jax.tree.map(lambda x: x.delete(), state)
+        state = store.restore(chosen, target)
     dest = f"{config.output_dir}/model-{chosen:06d}"
     identity = json.dumps([run_identity_of(store, chosen), chosen, config.final_dtype], sort_keys=True)
     write_checkpoint(

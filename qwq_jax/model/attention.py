@@ -4,7 +4,7 @@ Each binds a kernel to a batch's layout. On a tensor axis wider than K, kv heads
 whole heads (`Layout.kv_copies`); the kernel then runs on each device's own heads.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,32 +34,37 @@ def causal_attend(segment_ids: jax.Array | None, layout: Layout | None = None) -
     return attend
 
 
-def paged_attend(
-    layout: Layout,
-    *,
-    page_table: jax.Array,
-    kv_length: jax.Array,
-    query_start: jax.Array,
-    positions: jax.Array,
-    decode_rows: int,
-    max_query: int,
-    pool: tuple[int, int],
-) -> Attend:
-    """Attention over the paged cache for one engine step; every array has a leading replica axis R.
+class PagedBatch(NamedTuple):
+    """The layout of one engine step; see `RaggedRows`. Every array has a leading replica axis R.
 
-    Args:
-        layout: The mesh; replicas lie on its data axes.
+    Attributes:
         page_table: `[R, B, W]` int32.
         kv_length: `[R, B]` int32.
         query_start: `[R, B+1]` int32.
         positions: `[R, T]` int32.
+    """
+
+    page_table: jax.Array
+    kv_length: jax.Array
+    query_start: jax.Array
+    positions: jax.Array
+
+
+def paged_attend(
+    layout: Layout, batch: PagedBatch, *, decode_rows: int, max_query: int, pool: tuple[int, int]
+) -> Attend:
+    """Attention over the paged cache for one engine step.
+
+    Args:
+        layout: The mesh; replicas lie on its data axes.
+        batch: Rows of every replica.
         decode_rows: See `paged_attention`.
         max_query: See `paged_attention`.
         pool: Pages of a replica's pool, and tokens a page.
     """
     pages, page_size = pool
     slots = jax.vmap(lambda *a: token_slots(*a, page_size=page_size, pages=pages))
-    rows = RaggedRows(page_table, kv_length, query_start, slots(page_table, kv_length, query_start, positions))
+    rows = RaggedRows(batch.page_table, batch.kv_length, batch.query_start, slots(*batch))
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: PagedLayer) -> tuple[jax.Array, PagedLayer]:
         def local(q: jax.Array, k: jax.Array, v: jax.Array, cache: PagedLayer, rows: RaggedRows):

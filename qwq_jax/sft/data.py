@@ -14,7 +14,6 @@ would teach to answer inside the thoughts.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,13 @@ from typing import Any
 import numpy as np
 
 from qwq_jax.chat import ChatTokenizer
+from qwq_jax.config.json_line import load_json_line
 from qwq_jax.train.packing import Segment
 
 ROLES = frozenset({"system", "user", "assistant", "tool"})
 FIELDS = frozenset({"role", "content", "reasoning_content"})
+# Beside "messages" a line may hold anything (an id, a source) but what the template would have been given.
+CHANGES_PROMPT = frozenset({"tools", "functions", "documents"})
 END_OF_TURN = "<|im_end|>"
 
 
@@ -99,17 +101,17 @@ def read_conversations(path: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]
 def parse_line(raw: bytes, *, where: str) -> object:
     """The JSON value of a line."""
     try:
-        return json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 at byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+        return load_json_line(raw)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def check_messages(value: object, *, where: str) -> list[dict[str, Any]]:
     """Returns the messages of a line if they are a conversation that ends with the assistant."""
     if not isinstance(value, dict) or not isinstance(value.get("messages"), list) or not value["messages"]:
         raise ValueError(f'{where}: expected an object with a non-empty list "messages"')
+    if changes := value.keys() & CHANGES_PROMPT:
+        raise ValueError(f"{where}: {min(changes)!r} changes the prompt, and training does not understand it")
     for i, message in enumerate(value["messages"]):
         if not isinstance(message, dict):
             raise ValueError(f"{where}: messages[{i}] is not an object")
@@ -137,7 +139,12 @@ def conversation_segments(messages: Sequence[dict[str, Any]], tokenizer: ChatTok
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = tokenizer.apply_template(messages[:i], add_generation_prompt=True)
+        if i == 0:
+            raise ValueError(f"{where}: messages[0] has role 'assistant'; there is nothing before it to answer")
+        try:
+            prompt = tokenizer.apply_template(messages[:i], add_generation_prompt=True)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
         completion = tokenizer.encode(completion_text(message, opened, f"{where}: messages[{i}]"))
         if not stops.isdisjoint(completion):
             raise ValueError(f"{where}: messages[{i}] contains an end-of-turn token")

@@ -15,7 +15,7 @@ from qwq_jax.sft.stream import BatchStream
 from qwq_jax.train.batch import TrainBatch
 from qwq_jax.train.metrics import MetricsLog
 from qwq_jax.train.packing import PackedRows
-from qwq_jax.train.state import Params, TrainState, abstract_state
+from qwq_jax.train.state import Params, TrainState
 from qwq_jax.train.step import TrainStep
 
 
@@ -146,30 +146,39 @@ class Trainer:
         if self._log:
             self._log.flush()
         record = {"stream": self._stream.state(), "identity": dict(self._identity)}
-        self._store.save(step, state, record, metric=eval_loss)
+        # A checkpoint that only an interruption made is not ranked: the run must end as if it had not happened.
+        metric = eval_loss if self._intervals.saves(step) else None
+        self._store.save(step, state, record, metric=metric)
 
 
-def resume(state: TrainState, store: TrainStore, stream: BatchStream, *, identity: Mapping[str, Any]) -> TrainState:
-    """The newest checkpoint of `store` in the place of `state`, and `stream` at its position; `state` if there is none.
+def newest_step(store: TrainStore, *, identity: Mapping[str, Any]) -> int | None:
+    """The step to go on from, the same on every process; ``None`` for a new run. Removes what a crash left.
 
     Raises:
-        ValueError: The checkpoint belongs to another run: other data, another model, another schedule.
+        ValueError: The checkpoint belongs to another run (other data, another model, another schedule), or the
+            processes do not see the same directory.
     """
     store.clean()
     steps = store.steps()
-    if not steps:
-        return state
-    record = store.record(steps[-1])
+    newest = steps[-1] if steps else -1
+    if jax.process_count() > 1:
+        seen = np.unique(multihost_utils.process_allgather(np.array(newest)))
+        if len(seen) > 1:
+            raise ValueError(
+                f"{store.directory}: the processes find different checkpoints there ({', '.join(map(str, seen))}): "
+                "output_dir must be a place that all share, such as a bucket"
+            )
+    if newest < 0:
+        return None
+    record = store.record(newest)
     for name in sorted(record["identity"].keys() | identity.keys()):
         then, now = record["identity"].get(name), identity.get(name)
         if then != now:
             raise ValueError(
-                f"{store.directory}: step {steps[-1]} was trained with {name} = {then}, this run has {now}; "
+                f"{store.directory}: step {newest} was trained with {name} = {then}, this run has {now}; "
                 "continue with the old value or choose another output directory"
             )
-    restored = store.restore(steps[-1], abstract_state(state))
-    stream.set_state(record["stream"])
-    return restored
+    return newest
 
 
 def agree(flag: bool) -> bool:

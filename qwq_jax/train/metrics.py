@@ -77,8 +77,8 @@ def truncate_records(path: Path, *, last_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > last_step:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+        if not line.endswith("\n") or _step_of(line, f"{path}:{number}") > last_step:
             break
         kept.append(line)
     replacement = path.with_suffix(".jsonl.tmp")
@@ -87,6 +87,16 @@ def truncate_records(path: Path, *, last_step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     replacement.replace(path)
+
+
+def _step_of(line: str, where: str) -> int:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise ValueError(f"{where}: not a record of a training run; move the file away")
+    return record["step"]
 
 
 def read_records(path: Path) -> list[dict[str, float]]:

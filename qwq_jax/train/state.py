@@ -43,17 +43,20 @@ def state_shardings(abstract: TrainState, params: Mapping[str, Sharding]) -> Tra
     return jax.tree_util.tree_map_with_path(place, abstract)
 
 
+def _create(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(params=params, opt_state=optimizer.init(params), step=jnp.zeros((), jnp.int32))
+
+
+def abstract_state(
+    params: Mapping[str, jax.Array | jax.ShapeDtypeStruct], optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Shapes, types and shardings of a state: the target of a restore. `params` are arrays or descriptions with one."""
+    shapes = jax.eval_shape(lambda params: _create(params, optimizer), dict(params))
+    shardings = state_shardings(shapes, {name: value.sharding for name, value in params.items()})
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings)
+
+
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """A state at step 0, laid out as `params` are. The arrays of `params` become the state's own."""
-    shardings = {name: value.sharding for name, value in params.items()}
-
-    def create(params: Params) -> TrainState:
-        return TrainState(params=params, opt_state=optimizer.init(params), step=jnp.zeros((), jnp.int32))
-
-    out = state_shardings(jax.eval_shape(create, params), shardings)
-    return jax.jit(create, out_shardings=out, donate_argnums=0)(params)
-
-
-def abstract_state(state: TrainState) -> TrainState:
-    """The same tree with shapes, types and shardings in place of arrays: the target of a restore."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    places = jax.tree.map(lambda x: x.sharding, abstract_state(params, optimizer))
+    return jax.jit(lambda params: _create(params, optimizer), out_shardings=places, donate_argnums=0)(params)

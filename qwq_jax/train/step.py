@@ -1,7 +1,7 @@
 """The jitted update: gradients over micro-batches, normalised once by the tokens of all of them, then the optimizer."""
 
 from collections.abc import Callable
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,18 +20,24 @@ def trained_tokens(batch: TrainBatch) -> jax.Array:
     return jnp.maximum(jnp.sum(batch.loss_mask, dtype=jnp.int32), 1).astype(jnp.float32)
 
 
-def accumulate_gradients(
-    loss: Loss, params: Params, batch: TrainBatch, *, denominator: jax.Array
-) -> tuple[Params, jax.Array, Sums]:
-    """Gradient of ``sum(loss) / denominator`` over the micro-batches of `batch`, its value, and the reported means.
+class Gradients(NamedTuple):
+    """What a pass over a batch gives: gradients by parameter, the value of the loss, and the reported means."""
+
+    params: Params
+    value: jax.Array
+    means: Sums
+
+
+def accumulate_gradients(loss: Loss, params: Params, batch: TrainBatch, *, denominator: jax.Array) -> Gradients:
+    """Differentiates ``sum(loss) / denominator`` over the micro-batches of `batch`.
 
     The denominator is of the whole batch, not of each micro-batch: a mean of means would weigh tokens by the company
     they keep. Activations exist for one micro-batch at a time; sums are float32 whatever the parameters are.
     """
 
-    def sums_of(micro: TrainBatch) -> tuple[Params, jax.Array, Sums]:
+    def sums_of(micro: TrainBatch) -> Gradients:
         (value, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, micro)
-        return jax.tree.map(lambda x: x.astype(jnp.float32), (grads, value, sums))
+        return jax.tree.map(lambda x: x.astype(jnp.float32), Gradients(grads, value, sums))
 
     first = jax.tree.map(lambda x: x[0], batch)
     total = sums_of(first)

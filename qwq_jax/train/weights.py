@@ -48,6 +48,15 @@ def stacked_shardings(config: ModelConfig, layout: Layout) -> dict[str, NamedSha
     return {name: layout.sharding(array.axes, array.shape) for name, array in spec.items()}
 
 
+def abstract_params(config: ModelConfig, *, dtype: Any, layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
+    """Stacked parameters before they exist: shapes, types and shardings."""
+    spec = stacked_spec(model_spec(config), config.num_layers)
+    places = stacked_shardings(config, layout)
+    return {
+        name: jax.ShapeDtypeStruct(array.shape, np.dtype(dtype), sharding=places[name]) for name, array in spec.items()
+    }
+
+
 def companion_files(directory: str) -> dict[str, bytes]:
     """Tokenizer, chat template and the like of a model directory, by name; not its config.json."""
     source = open_directory(directory)

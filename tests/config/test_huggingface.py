@@ -97,7 +97,7 @@ def test_reads_qwq():
         eos_token_ids=(151645, 151643),
         pad_token_id=151643,
     )
-    assert config.group_size == 5
+    assert config.num_heads // config.num_kv_heads == 5
     assert config.max_context == 40960
 
 

@@ -61,6 +61,7 @@ def test_spellings(body, expected):
         ({"temperature": float("nan")}, "temperature: expected"),
         ({"top_p": 0}, "top_p: expected greater than 0, got 0"),
         ({"top_k": -2}, "top_k: expected greater than or equal to 0, got -2"),
+        ({"top_k": 3_000_000_000}, "top_k: expected less than 2147483648, got 3000000000"),
         ({"min_p": 1.1}, "min_p: expected less than or equal to 1, got 1.1"),
         ({"max_tokens": 0}, "max_tokens: expected greater than 0, got 0"),
         ({"max_completion_tokens": "9"}, "max_tokens: expected a valid integer, got '9'"),

@@ -207,3 +207,10 @@ def test_each_shape_is_compiled_once(tiny_config: ModelConfig, params: Params, p
 def test_a_context_beyond_the_model_is_refused(tiny_config: ModelConfig, params: Params) -> None:
     with pytest.raises(ValueError, match="max_context 1024 is beyond the 512 positions"):
         make_engine(tiny_config, params, max_context=1024)
+
+
+def test_a_cache_that_cannot_hold_one_context_is_refused(tiny_config: ModelConfig, params: Params) -> None:
+    with pytest.raises(
+        ValueError, match="num_pages holds 64 tokens of cache, fewer .* context of 96: set .*=64 or less"
+    ):
+        make_engine(tiny_config, params, num_pages=2)

@@ -125,3 +125,9 @@ def test_piped_messages_are_answered_in_turn(checkpoint: str) -> None:
 def test_no_checkpoint_is_a_value_error(tmp_path) -> None:
     with pytest.raises(ValueError, match="is not a checkpoint"):
         job.chat(str(tmp_path), engine=ENGINE, mesh=MeshConfig())
+
+
+@pytest.mark.parametrize("sampling", [{"n": 2}, {"logprobs": True}, {"stop": ("x",)}])
+def test_sampling_without_a_meaning_in_a_chat_is_refused(checkpoint, sampling):
+    with pytest.raises(ValueError, match="have no meaning in a chat"):
+        job.chat(checkpoint, engine=ENGINE, mesh=MeshConfig(), sampling=SamplingParams(**sampling))

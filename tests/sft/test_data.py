@@ -84,8 +84,15 @@ GOOD = json.dumps({"messages": [user("a"), assistant("b")]})
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("{", "data.jsonl:2: not JSON"),
-        ("[1]", 'data.jsonl:2: expected an object with a non-empty list "messages"'),
+        ("{", "data.jsonl:2: expected a JSON object, but at column 2"),
+        ("[1]", r"data.jsonl:2: expected a JSON object, got \[1\]"),
+        ('{"messages": [], "messages": []}', "data.jsonl:2: messages: given twice"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "data.jsonl:2: a text holds half of a surrogate"),
+        (
+            json.dumps({"messages": [user("a"), assistant("b")], "tools": [1]}),
+            "data.jsonl:2: 'tools' changes the prompt",
+        ),
+        (json.dumps({"messages": [assistant("b")]}), r"data.jsonl:2: messages\[0\] has role 'assistant'"),
         ('{"messages": []}', 'data.jsonl:2: expected an object with a non-empty list "messages"'),
         ('{"messages": ["hi"]}', r"data.jsonl:2: messages\[0\] is not an object"),
         (
@@ -109,7 +116,7 @@ def test_a_bad_line_is_named(tmp_path, plain, line, sentence):
 def test_bytes_that_are_not_utf8_are_named(tmp_path, plain):
     path = tmp_path / "data.jsonl"
     path.write_bytes(GOOD.encode() + b"\n\xff\n")
-    with pytest.raises(ValueError, match="data.jsonl:2: not UTF-8 at byte 0"):
+    with pytest.raises(ValueError, match="data.jsonl:2: not UTF-8 at byte 1"):
         read_examples([path], plain, row_length=400)
 
 

@@ -146,6 +146,37 @@ def test_a_termination_signal_saves_and_says_so(recipe, whole, tmp_path):
     assert_same_run(output, whole)
 
 
+def test_an_interruption_ranks_no_checkpoint(recipe, tmp_path):
+    output = tmp_path / "run"
+    assert killed(recipe, output, signal=15, at=4) == 42  # evaluated after step 4, and saved only because of the signal
+    record = json.loads((output / "checkpoints" / "step_00000004" / "record.json").read_text())
+    assert record["metric"] is None
+
+
+def test_foreign_metrics_are_refused(recipe, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"loss": 1}\n')
+    assert main(["sft", str(recipe), "--set", f"output_dir={tmp_path}/run"]) == 2
+    assert "metrics.jsonl:1: not a record of a training run" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_written_down_is_not_trained(recipe, tmp_path, capsys):
+    (tmp_path / "model.toml").write_text(MODEL + "qkv_bias = false\n")
+    overrides = [f"model={tmp_path}/model.toml", f"output_dir={tmp_path}/run"]
+    assert main(["sft", str(recipe), *(part for o in overrides for part in ("--set", o))]) == 2
+    assert "bias" in capsys.readouterr().err and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_best_checkpoint_can_be_the_result(recipe, whole, tmp_path):
+    overrides = ["final=best", "optimizer.learning_rate=3.0", f"output_dir={tmp_path}/run"]
+    assert main(["sft", str(recipe), *(part for o in overrides for part in ("--set", o))]) == 0
+    saved = {
+        r["step"]: r["eval_loss"] for r in read_records(tmp_path / "run" / "metrics.jsonl") if r["step"] in (3, 6, 8)
+    }
+    best = min(saved, key=saved.__getitem__)
+    assert (tmp_path / "run" / f"model-{best:06d}" / "COMMITTED").exists()
+
+
 def test_the_order_of_data_and_the_losses_are_those_of_any_mesh(recipe, whole, tmp_path):
     output = tmp_path / "run"
     mesh = ["--set", "mesh.data=2", "--set", "mesh.fsdp=2", "--set", "mesh.tensor=2"]
@@ -193,6 +224,9 @@ def test_the_model_is_exported_and_verified_against_what_training_held(whole, tm
         ("tokenizer=/absent", "/absent: no tokenizer.json"),
         ("model=/absent", "/absent"),
         ("stepz=3", "stepz"),
+        ("stop_after=3", "is at step 8 already, beyond stop_after = 3"),
+        ("sequence_length=256", "sequence_length 256 is beyond the 128 positions"),
+        ("eval_files=[]", "was trained with held_out_data = "),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_2(recipe, whole, capsys, override, sentence):

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qwq_jax.checkpoint.train_store import MARKER, TrainStore
 from qwq_jax.config.mesh import MeshConfig
 from qwq_jax.sharding import make_mesh
-from qwq_jax.train.state import TrainState, abstract_state
+from qwq_jax.train.state import TrainState
 
 
 def state(value, mesh=None, spec=None):
@@ -20,6 +20,10 @@ def state(value, mesh=None, spec=None):
     return TrainState({"layers.mlp.up_kernel": kernel}, ({"count": count}, kernel * 2), count)
 
 
+def described(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
 def same(left, right):
     return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True))
 
@@ -28,7 +32,7 @@ def test_what_was_saved_comes_back_on_any_mesh(tmp_path):
     store = TrainStore(epath.Path(tmp_path / "checkpoints"))
     store.save(3, state(1), {"stream": {"next_index": 3}}, metric=0.5)
     target = state(0, MeshConfig(fsdp=8), PartitionSpec("fsdp"))
-    restored = store.restore(3, abstract_state(target))
+    restored = store.restore(3, described(target))
     assert same(restored, state(1))
     assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, target)
     assert store.record(3) == {"stream": {"next_index": 3}} and store.metric(3) == 0.5
@@ -60,7 +64,7 @@ def test_a_save_that_fails_half_way_leaves_the_older_checkpoint_and_can_be_repea
         store.save(2, state(2), {})
     assert store.steps() == [1]
     store.save(2, state(2), {})
-    assert same(store.restore(2, abstract_state(state(0))), state(2))
+    assert same(store.restore(2, described(state(0))), state(2))
 
 
 def test_other_arrays_are_refused(tmp_path):
@@ -69,7 +73,7 @@ def test_other_arrays_are_refused(tmp_path):
     store.save(1, saved, {})
     other = TrainState({"final_norm.scale": jnp.ones(3)}, saved.opt_state, saved.step)
     with pytest.raises(ValueError, match=r"holds no params\|final_norm.scale"):
-        store.restore(1, abstract_state(other))
+        store.restore(1, described(other))
     wider = TrainState({"layers.mlp.up_kernel": jnp.ones((8, 5))}, saved.opt_state, saved.step)
     with pytest.raises(ValueError, match=r"up_kernel has shape \(8, 4\), this configuration needs \(8, 5\)"):
-        store.restore(1, abstract_state(wider))
+        store.restore(1, described(wider))
