@@ -39,7 +39,7 @@ class ExportReport:
     Attributes:
         files: Weight files of the result.
         tensors: Tensors in them.
-        verified: Tensors that this run wrote and found equal to the hash of their source.
+        verified: Tensors that this run wrote, or found finished, and whose bytes have the hash of their source.
         nbytes: Bytes of weights that this run wrote.
         seconds: Wall time.
     """
@@ -53,7 +53,7 @@ class ExportReport:
     @property
     def sentence(self) -> str:
         """For the terminal."""
-        if not self.nbytes:
+        if not self.nbytes and self.verified:
             return f"nothing to do: all {self.tensors} tensors were already there, verified by sha256"
         rate = self.nbytes / max(self.seconds, 1e-9)
         return (
@@ -117,6 +117,9 @@ def _is_there(
         expected = _companions(checkpoint, shards)
         if any(name not in sizes or final.read(name) != data for name, data in expected.items()):
             return False
+        heads = {name: header_bytes(shard) for name, shard in shards.items()}
+        if any(_read(final, name, 0, len(head)) != head for name, head in heads.items()):
+            return False
         digests = {record.path: record.stored_sha256 for record in checkpoint.manifest.tensors}
         return all(
             _sha256(final, name, start, start + tensor.nbytes) == digests[rows[tensor.name].path]
@@ -134,10 +137,14 @@ def _starts(shard: list[TensorPlan]) -> list[int]:
 def _sha256(directory: Directory, name: str, start: int, stop: int) -> str:
     digest = hashlib.sha256()
     for begin in range(start, stop, _PIECE):
-        piece = bytearray(min(_PIECE, stop - begin))
-        directory.read_into(name, begin, memoryview(piece))
-        digest.update(piece)
+        digest.update(_read(directory, name, begin, min(begin + _PIECE, stop)))
     return digest.hexdigest()
+
+
+def _read(directory: Directory, name: str, start: int, stop: int) -> bytearray:
+    piece = bytearray(stop - start)
+    directory.read_into(name, start, memoryview(piece))
+    return piece
 
 
 def _companions(checkpoint: Checkpoint, shards: Mapping[str, list[TensorPlan]]) -> dict[str, bytes]:
