@@ -56,11 +56,16 @@ class ChatTokenizer:
         tokenizer = _load_tokenizer(source)
         config = _read_json(directory / "tokenizer_config.json")
         _add_missing_tokens(tokenizer, config.get("added_tokens_decoder", {}))
-        special_tokens = _special_tokens(config)
+        special_tokens, template = _special_tokens(config), _template(directory, config)
+        if template is not None:
+            try:
+                _compile(template)
+            except jinja2.TemplateSyntaxError as error:
+                raise ValueError(f"{directory}: line {error.lineno} of the chat template: {error.message}") from None
         return cls(
             directory=directory,
             tokenizer=tokenizer,
-            template=_template(directory, config),
+            template=template,
             special_tokens=special_tokens,
             eos_token_ids=_eos_token_ids(directory, tokenizer, special_tokens),
         )
@@ -72,6 +77,10 @@ class ChatTokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Ids of a text; a mark such as ``<|im_end|>`` written in it becomes its one token, as in transformers."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("the text holds what is no character: bytes that are not UTF-8, or half a pair") from None
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -109,7 +118,7 @@ class ChatTokenizer:
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
             )
-        except (jinja2.TemplateError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        except (jinja2.TemplateError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"the chat template of {self.directory} refused the messages: {error}") from error
 
     @functools.cached_property

@@ -91,7 +91,7 @@ class Layout:
                 if axis not in REPLICABLE:
                     raise ValueError(
                         f"a dimension of size {shape[index]} ({axis}) cannot be split over {self.size(axis)} devices "
-                        f"of the mesh axes {', '.join(names)}; choose a mesh whose size divides it"
+                        f"of the mesh axes {', '.join(names)}; sizes that work: {divisors(shape[index])}"
                     )
                 names = ()
             parts.append(names[0] if len(names) == 1 else (names or None))
@@ -128,6 +128,11 @@ class Layout:
         if axis not in self.table:
             raise ValueError(f"unknown logical axis {axis!r}; this layout knows {', '.join(sorted(self.table))}")
         return self.table[axis]
+
+
+def divisors(number: int, limit: int = 256) -> str:
+    """What divides `number`, up to a limit, for an error message."""
+    return ", ".join(str(size) for size in range(1, min(number, limit) + 1) if number % size == 0)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

@@ -287,10 +287,24 @@ def test_malformed_parts_of_a_message_are_named(ours, field, value, sentence):
         ours.apply_template(messages)
 
 
-def test_whatever_a_template_trips_over_is_a_sentence(editable):
-    (editable / "chat_template.jinja").write_text("{{ messages[0].content + 5 }}")
+@pytest.mark.parametrize(
+    "template", ["{{ messages[0].content + 5 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"]
+)
+def test_whatever_a_template_trips_over_is_a_sentence(editable, template):
+    (editable / "chat_template.jinja").write_text(template)
     with pytest.raises(ValueError, match="the chat template of .* refused the messages"):
         ChatTokenizer.from_directory(editable).apply_template([{"role": "user", "content": "a"}])
+
+
+def test_a_broken_template_is_named_at_once(editable):
+    (editable / "chat_template.jinja").write_text("{% if messages %}\n{% iff %}")
+    with pytest.raises(ValueError, match="tokenizer: line 2 of the chat template: "):
+        ChatTokenizer.from_directory(editable)
+
+
+def test_text_that_is_no_text_is_refused(ours):
+    with pytest.raises(ValueError, match="not UTF-8"):
+        ours.encode("a\udcff")
 
 
 def test_directories_that_are_no_tokenizer(editable, tmp_path):

@@ -15,8 +15,9 @@ LOCKED = {line.partition("==")[0] for line in (ROOT / "requirements.lock").read_
 MODULES = {"orbax-checkpoint": "orbax"}
 # Found by fsspec from the scheme of an address.
 NOT_IMPORTED = {"gcsfs"}
-# Packages for accelerators, which bring no module of their own, and for developers, who also run programs.
-OTHER_EXTRAS = {"tpu", "cuda", "dev"}
+# Packages for accelerators, which bring no module of their own, for developers, who also run programs, and for parts
+# that are on the way.
+OTHER_EXTRAS = {"tpu", "cuda", "dev", "gcp", "serve", "rl"}
 
 
 def name(requirement: str) -> str:

@@ -22,6 +22,7 @@ bf16 weights hardly shrink.
 import hashlib
 import json
 import math
+import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -247,8 +248,14 @@ def open_checkpoint(path: str) -> Checkpoint:
     with explained(f"cannot read {path}"):
         children = directory.children()
         if MARKER not in children:
-            unfinished = PARTIAL in children or MANIFEST in children
-            cause = "its conversion never finished; run the same command again" if unfinished else f"it has no {MARKER}"
+            if PARTIAL in children or MANIFEST in children:
+                cause = "its conversion never finished; run the same command again"
+            elif not children:
+                cause = "there is no such directory"
+            elif "config.json" in children:
+                cause = f"it has no {MARKER}; turn a Hugging Face directory into one with qwq-jax convert"
+            else:
+                cause = f"it has no {MARKER}"
             raise ValueError(f"{path} is not a checkpoint: {cause}")
         contents = directory.read(MANIFEST)
         if hashlib.sha256(contents).hexdigest().encode() != directory.read(MARKER).strip():
@@ -276,7 +283,7 @@ def restore_params(checkpoint: Checkpoint, layout: Layout | None, dtype: Any = N
     )
     with ocp.Checkpointer(handler) as checkpointer, explained(f"cannot read {checkpoint.path}"), _os_errors():
         try:
-            return checkpointer.restore(f"{checkpoint.path}/{PARAMS}", args=arguments)
+            return checkpointer.restore(_place(checkpoint.path), args=arguments)
         except Exception as error:  # Orbax raises nothing narrower for what tensorstore finds
             raise ValueError(f"{checkpoint.path}: {_damage(error, abstract)}") from error
 
@@ -306,6 +313,11 @@ def read_param(
     return values
 
 
+def _place(path: str) -> str:
+    """Where Orbax finds the parameters; it takes absolute paths only."""
+    return f"{path.rstrip('/')}/{PARAMS}" if "://" in path else os.path.abspath(f"{path}/{PARAMS}")
+
+
 def _damage(error: Exception, names: Iterable[str]) -> str:
     """Which parameter an error of Orbax is about, and what tensorstore says of it."""
     text = str(error)
@@ -318,8 +330,9 @@ def _damage(error: Exception, names: Iterable[str]) -> str:
 def _kvstore(path: str) -> dict[str, Any]:
     if path.startswith("gs://"):
         bucket, _, prefix = path.removeprefix("gs://").partition("/")
+        prefix = prefix.replace("//", "/")
         return {"driver": "gcs", "bucket": bucket, "path": f"{prefix}/"}
-    return {"driver": "file", "path": f"{path}/"}
+    return {"driver": "file", "path": f"{os.path.abspath(path)}/"}
 
 
 def _write_array(path: str, spec: ArraySpec, array: np.ndarray) -> None:

@@ -14,6 +14,7 @@ removes.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +79,12 @@ class TrainStore:
             path.mkdir(parents=True)
         barrier(f"train_store_open_{step}")
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            checkpointer.save(path / "arrays", args=ocp.args.PyTreeSave(flatten(arrays)))
+            try:
+                checkpointer.save(path / "arrays", args=ocp.args.PyTreeSave(flatten(arrays)))
+            except Exception as error:  # Orbax raises nothing narrower for what its storage meets
+                full = re.search(r"RESOURCE_EXHAUSTED|No space left|os_error_code='28'", str(error))
+                reason = "no space is left on the device" if full else str(error).strip().splitlines()[0][:200]
+                raise ValueError(f"cannot write {path}: {reason}") from error
         if jax.process_index() == 0:
             directory = open_directory(str(path))
             directory.sync("arrays")

@@ -19,7 +19,7 @@ from qwq_jax.engine.request import NewToken, Request
 from qwq_jax.interrupt import StopRequested
 from qwq_jax.jobs.answer import prompt_opens_thinking
 
-HELP = "/reset forgets the conversation, /exit leaves, Ctrl-C stops an answer"
+HELP = "/reset forgets the conversation, /exit or the end of the input leaves, Ctrl-C stops an answer"
 
 
 def chat(
@@ -57,6 +57,9 @@ def chat(
     for message in _messages(messages, console):
         if message == "/exit":
             return
+        if message == "/help":
+            console.print(HELP, style="dim")
+            continue
         if message == "/reset":
             conversation.reset()
             console.print("forgotten", style="dim")

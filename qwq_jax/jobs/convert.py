@@ -5,6 +5,7 @@ what is in flight below twice the largest tensor, however many layers there are.
 """
 
 import hashlib
+import logging
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,14 +23,17 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from qwq_jax.chat import ChatTokenizer
 from qwq_jax.checkpoint.buffers import BufferPool
-from qwq_jax.checkpoint.directory import explained, sole_writer
+from qwq_jax.checkpoint.directory import Directory, LocalDirectory, explained, sole_writer
 from qwq_jax.checkpoint.huggingface import Source, TensorInfo, has_nonfinite, open_source
 from qwq_jax.checkpoint.manifest import TensorRecord
 from qwq_jax.checkpoint.names import EMBEDDING, TIED_HEAD, NamePair, check_leaves, match_tensors
 from qwq_jax.checkpoint.store import CheckpointWriter
 from qwq_jax.config.model import ModelConfig
 from qwq_jax.model.spec import ArraySpec, model_spec
+
+LOG = logging.getLogger(__name__)
 
 WRITERS = 3
 _PIECE = 8 << 20
@@ -112,6 +116,7 @@ def _convert(source: str, dest: str, *, dtype: str | None, allow_nan: bool, low_
         with explained(f"cannot read {source}"):
             files = {name: opened.directory.read(name) for name in opened.companions}
         writer.commit(config, files)
+        _warn_of_tokenizer(writer.directory)
     except NonFiniteError:
         writer.abandon()  # no part of it can be used: the same weights are refused again
         raise
@@ -123,6 +128,15 @@ def _convert(source: str, dest: str, *, dtype: str | None, allow_nan: bool, low_
             f"{error}; {len(writer.finished)} tensors are kept, the same command goes on from there"
         ) from error
     return ConvertReport(len(spec), len(todo), total, time.monotonic() - started)
+
+
+def _warn_of_tokenizer(directory: Directory) -> None:
+    """The weights are fine without one, but a user should not learn of it on a TPU."""
+    try:
+        if isinstance(directory, LocalDirectory) and ChatTokenizer.from_directory(directory.path).template is None:
+            raise ValueError(f"{directory.path}: this tokenizer has no chat template")
+    except ValueError as error:
+        LOG.warning("generate and chat will refuse this checkpoint or its messages: %s", error)
 
 
 def _read_config(source: Source) -> ModelConfig:

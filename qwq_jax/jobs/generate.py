@@ -79,7 +79,7 @@ def generate(
         Interrupted: A signal asked to stop; all that was answered is saved.
     """
     if not input.is_file():
-        raise ValueError(f"{input}: no such file")
+        raise ValueError(f"{input}: {'is not a file' if input.exists() else 'no such file'}")
     if output.exists() and output.samefile(input):
         raise ValueError(f"{output} is the input: choose another output")
     opened = open_checkpoint(checkpoint)

@@ -40,6 +40,7 @@ class ResultFile:
 
     def __init__(self, path: Path, origin: dict[str, Any], clock: Callable[[], float] = time.monotonic) -> None:
         self.path = path
+        self._record = path.with_name(path.name + ".run.json")
         self.done: set[int] = set()
         self._origin = origin
         self._clock = clock
@@ -51,7 +52,7 @@ class ResultFile:
         self._synced_at = clock()
 
     def __enter__(self) -> Self:
-        record = self.path.with_name(self.path.name + ".run.json")
+        record = self._record
         try:
             self._lock = os.open(record, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
@@ -69,6 +70,9 @@ class ResultFile:
         try:
             self.sync()
         finally:
+            if error is not None and not self.done:  # nothing was answered: leave nothing behind
+                self.path.unlink(missing_ok=True)
+                self._record.unlink(missing_ok=True)
             os.close(self._file)
             os.close(self._lock)
 
@@ -117,6 +121,9 @@ class ResultFile:
     def _open(self, record: Path) -> None:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held the lock may have deleted the file between its opening and this line.
+            if not record.exists() or not os.path.samestat(os.fstat(self._lock), record.stat()):
+                raise BlockingIOError
         except BlockingIOError:
             raise ValueError(f"{self.path} is being written by another process") from None
         self._check_origin(record)

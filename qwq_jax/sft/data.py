@@ -116,7 +116,7 @@ def check_messages(value: object, *, where: str) -> list[dict[str, Any]]:
         if not isinstance(message, dict):
             raise ValueError(f"{where}: messages[{i}] is not an object")
         role = message.get("role")
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"{where}: messages[{i}] has unknown role {role!r}, expected one of {sorted(ROLES)}")
         if unknown := message.keys() - FIELDS:
             raise ValueError(f"{where}: messages[{i}] has field {min(unknown)!r}, which training does not understand")

@@ -77,22 +77,22 @@ def truncate_records(path: Path, *, last_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
-        if not line.endswith("\n") or _step_of(line, f"{path}:{number}") > last_step:
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n") or _step_of(line, f"{path}:{number}") > last_step:
             break
         kept.append(line)
     replacement = path.with_suffix(".jsonl.tmp")
-    with replacement.open("w", encoding="utf-8") as file:
+    with replacement.open("wb") as file:
         file.writelines(kept)
         file.flush()
         os.fsync(file.fileno())
     replacement.replace(path)
 
 
-def _step_of(line: str, where: str) -> int:
+def _step_of(line: bytes, where: str) -> int:
     try:
         record = json.loads(line)
-    except ValueError:
+    except ValueError:  # not JSON, or not even text
         record = None
     if not isinstance(record, dict) or not isinstance(record.get("step"), int):
         raise ValueError(f"{where}: not a record of a training run; move the file away")

@@ -61,15 +61,15 @@ def make_train_step(
     """
 
     def step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, dict[str, jax.Array]]:
-        grads, value, means = accumulate_gradients(loss, state.params, batch, denominator=denominator(batch))
-        grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, state.params)
+        gradients = accumulate_gradients(loss, state.params, batch, denominator=denominator(batch))
+        grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), gradients.params, state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = cast(Params, optax.apply_updates(state.params, updates))
         metrics = {
-            "loss": value,
+            "loss": gradients.value,
             "grad_norm": optax.tree.norm(grads),
             "tokens": jnp.sum(batch.loss_mask, dtype=jnp.int32),
-            **means,
+            **gradients.means,
         }
         return TrainState(params=params, opt_state=opt_state, step=state.step + 1), metrics
 

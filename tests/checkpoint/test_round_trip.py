@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qwq_jax.checkpoint import open_checkpoint, read_param
+from qwq_jax.checkpoint import open_checkpoint, read_param, restore_params
 from qwq_jax.checkpoint.names import check_leaves, name_table
 from qwq_jax.config.model import ModelConfig
 from qwq_jax.jobs.convert import convert
@@ -156,3 +156,22 @@ def test_infinities_pass_only_when_allowed(tmp_path: Path) -> None:
     convert(str(source), str(tmp_path / "ours"), allow_nan=True)
     export(str(tmp_path / "ours"), str(tmp_path / "back"))
     assert_same_tensors(read_tensors(tmp_path / "back"), tensors)
+
+
+@pytest.mark.parametrize("spelling", ["./{}", "../here/{}", "{}/", "./{}//"])
+def test_paths_as_a_shell_completes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    make_source(tmp_path / "here" / "hf", dtype="bfloat16")
+    at = spelling.format
+    convert(at("hf"), at("ours"))
+    checkpoint = open_checkpoint(at("ours"))
+    params = restore_params(checkpoint, None)
+    assert params.keys() == checkpoint.spec.keys()
+    assert export(at("ours"), at("back")).verified == 27
+    assert_same_tensors(read_tensors(tmp_path / "here" / "back"), read_tensors(tmp_path / "here" / "hf"))
+
+
+def test_a_source_whose_tokenizer_cannot_be_used_is_announced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    convert(str(make_source(tmp_path / "hf")), str(tmp_path / "ours"))
+    assert "generate and chat will refuse this checkpoint" in caplog.text

@@ -337,3 +337,14 @@ def test_eos_is_counted_and_not_shown(checkpoint: str, tokenizer: ChatTokenizer,
         assert choice["token_ids"].index(END) == len(choice["token_ids"]) - 1
         text = (choice["message"].get("reasoning_content") or "") + choice["message"]["content"]
         assert "<|im_end|>" not in text
+
+
+def test_a_run_that_cannot_start_leaves_nothing(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
+    files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    arguments = ["generate", checkpoint, *files, "--set", "mesh.tensor=3"]
+    assert command_line.main(arguments) == 2
+    assert "sizes that work: 1, 2, 4, 8" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]

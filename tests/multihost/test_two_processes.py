@@ -86,6 +86,17 @@ def test_each_process_reads_only_its_part(tmp_path: Path) -> None:
             assert seen[f"{name} {shard.index}"] == digest
 
 
+def test_processes_that_see_different_checkpoints_are_refused(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "0" / "step_00000003"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "record.json").write_text('{"metric": null, "record": {"identity": {}}}')
+    (checkpoint / "COMMITTED").touch()
+    for directory, answer in (("0", "3"), ("INDEX", "processes find different checkpoints there (-1, 3)")):
+        ends = together("-m", "tests.multihost.resume_worker", str(tmp_path / directory))
+        assert [end.returncode for end in ends] == [0, 0], ends
+        assert all(answer in end.stdout for end in ends), ends
+
+
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("multihost")

@@ -99,6 +99,7 @@ GOOD = json.dumps({"messages": [user("a"), assistant("b")]})
             json.dumps({"messages": [user("a"), {"role": "bot", "content": "b"}]}),
             r"messages\[1\] has unknown role 'bot'",
         ),
+        (json.dumps({"messages": [{"role": ["user"], "content": "a"}]}), r"messages\[0\] has unknown role \['user'\]"),
         (json.dumps({"messages": [user("a"), assistant(None)]}), r"data.jsonl:2: messages\[1\] has no text in content"),
         (json.dumps({"messages": [user("a"), assistant("b", tool_calls=[])]}), "has field 'tool_calls'"),
         (json.dumps({"messages": [user("a")]}), "ends with role 'user'; there is no assistant turn to learn"),
@@ -123,6 +124,14 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path, plain):
 def test_an_answer_inside_the_thoughts_is_refused(tmp_path, thinking):
     with pytest.raises(ValueError, match=r"data.jsonl:1: messages\[1\] has no </think>, and the chat template opens"):
         read(tmp_path, thinking, [user("a"), assistant("b")])
+
+
+def test_what_the_template_refuses_is_named(tmp_path):
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + PLAIN
+    tokenizer = ChatTokenizer.from_directory(write_tokenizer(tmp_path / "tokenizer", refuses))
+    good, system = [user("a"), assistant("b")], {"role": "system", "content": "S"}
+    with pytest.raises(ValueError, match=r"data.jsonl:2: the chat template .* refused the messages: no system turn"):
+        read(tmp_path, tokenizer, good, [system, *good])
 
 
 def test_files_without_examples_are_refused(tmp_path, plain):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file
 from qwq_jax.__main__ import main
 from qwq_jax.checkpoint.directory import sole_writer
 from qwq_jax.checkpoint.store import open_checkpoint, read_param
+from qwq_jax.checkpoint.train_store import TrainStore
 from qwq_jax.jobs.export import export
 from qwq_jax.train.metrics import read_records
 from tests.sft.chat_directory import THINKING, VOCABULARY, write_tokenizer
@@ -167,13 +169,30 @@ def test_a_model_that_cannot_be_written_down_is_not_trained(recipe, tmp_path, ca
     assert "bias" in capsys.readouterr().err and not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_the_best_checkpoint_can_be_the_result(recipe, whole, tmp_path):
+def test_a_resumed_run_makes_no_initial_weights(recipe, whole, monkeypatch):
+    def wasted(*_):
+        raise AssertionError("two states at once")
+
+    monkeypatch.setattr("qwq_jax.jobs.sft.initial_weights", wasted)
+    assert main(["sft", str(recipe)]) == 0
+
+
+def test_the_best_checkpoint_can_be_the_result(recipe, tmp_path, monkeypatch):
+    restore = TrainStore.restore
+    held = []
+
+    def watched(self, step, target):
+        held.extend(array for array in jax.live_arrays() if array.shape == (VOCABULARY, 32))
+        return restore(self, step, target)
+
+    monkeypatch.setattr(TrainStore, "restore", watched)
     overrides = ["final=best", "optimizer.learning_rate=3.0", f"output_dir={tmp_path}/run"]
     assert main(["sft", str(recipe), *(part for o in overrides for part in ("--set", o))]) == 0
     saved = {
         r["step"]: r["eval_loss"] for r in read_records(tmp_path / "run" / "metrics.jsonl") if r["step"] in (3, 6, 8)
     }
     best = min(saved, key=saved.__getitem__)
+    assert best != STEPS and not held, "the last state goes before the best one comes"
     assert (tmp_path / "run" / f"model-{best:06d}" / "COMMITTED").exists()
 
 

@@ -1,5 +1,7 @@
 import json
 
+import pytest
+
 from qwq_jax.train import metrics
 from qwq_jax.train.metrics import MetricsLog, read_records
 
@@ -25,6 +27,16 @@ def test_a_line_that_a_crash_cut_is_dropped(tmp_path):
         file.write('{"step": 4, "lo')
     write(tmp_path, [4], resume_step=3)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("line", [b'{"loss": 1}', b"loss 1", b'{"loss": "\xff"}', b"[1]", b""])
+def test_a_line_that_is_no_record_is_named_and_nothing_is_lost(tmp_path, line):
+    path = write(tmp_path, range(1, 4))
+    damaged = path.read_bytes() + line + b"\n"
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"metrics.jsonl:4: not a record of a training run"):
+        MetricsLog(tmp_path, resume_step=4)
+    assert path.read_bytes() == damaged
 
 
 def test_a_new_run_starts_an_empty_file(tmp_path):

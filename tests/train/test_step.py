@@ -72,8 +72,8 @@ def gradients(config, params, packed, *, mesh=None, accumulation=1, chunk=64, re
     def run(params, batch):
         return accumulate_gradients(loss, params, batch, denominator=trained_tokens(batch))
 
-    grads, value, _ = run(stacked, batch)
-    return float(value), jax.tree.map(np.asarray, unstack(jax.device_get(grads), config.num_layers))
+    result = run(stacked, batch)
+    return float(result.value), jax.tree.map(np.asarray, unstack(jax.device_get(result.params), config.num_layers))
 
 
 def assert_same(left, right, tolerance):

@@ -1,3 +1,5 @@
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
+from qwq_jax.checkpoint import train_store
 from qwq_jax.checkpoint.train_store import MARKER, TrainStore
 from qwq_jax.config.mesh import MeshConfig
 from qwq_jax.sharding import make_mesh
@@ -46,6 +49,24 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000004", "step_00000005"]
 
 
+def test_nobody_goes_on_before_the_old_checkpoints_are_gone(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(train_store, "barrier", lambda name: seen.update({name: sorted(os.listdir(tmp_path))}))
+    store = TrainStore(epath.Path(tmp_path), keep=1)
+    for step in (1, 2):
+        store.save(step, state(step), {})
+    assert seen[list(seen)[-1]] == ["step_00000002"]
+
+
+def test_record_and_marker_are_durable(tmp_path, monkeypatch):
+    synced = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino) or fsync(file))
+    TrainStore(epath.Path(tmp_path)).save(1, state(1), {})
+    for name in ("record.json", MARKER, "."):
+        assert (tmp_path / "step_00000001" / name).stat().st_ino in synced, name
+
+
 def test_a_checkpoint_without_its_marker_is_none_and_is_removed(tmp_path):
     store = TrainStore(epath.Path(tmp_path))
     store.save(1, state(1), {})
@@ -59,7 +80,7 @@ def test_a_checkpoint_without_its_marker_is_none_and_is_removed(tmp_path):
 def test_a_save_that_fails_half_way_leaves_the_older_checkpoint_and_can_be_repeated(tmp_path, monkeypatch):
     store = TrainStore(epath.Path(tmp_path))
     store.save(1, state(1), {})
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="no room"):
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="cannot write .*step_00000002: no room"):
         patch.setattr(ocp.Checkpointer, "save", lambda *a, **k: (_ for _ in ()).throw(OSError("no room")))
         store.save(2, state(2), {})
     assert store.steps() == [1]
