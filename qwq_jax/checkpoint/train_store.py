@@ -83,7 +83,11 @@ class TrainStore:
                 checkpointer.save(path / "arrays", args=ocp.args.PyTreeSave(flatten(arrays)))
             except Exception as error:  # Orbax raises nothing narrower for what its storage meets
                 full = re.search(r"RESOURCE_EXHAUSTED|No space left|os_error_code='28'", str(error))
-                reason = "no space is left on the device" if full else str(error).strip().splitlines()[0][:200]
+                reason = (
+                    "no space is left on the device"
+                    if full
+                    else (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+                )
                 raise ValueError(f"cannot write {path}: {reason}") from error
         if jax.process_index() == 0:
             directory = open_directory(str(path))

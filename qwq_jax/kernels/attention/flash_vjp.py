@@ -7,7 +7,8 @@ products are computed, added to, and written back while the next ones are. Nothi
 """
 
 import functools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,24 @@ from qwq_jax.kernels.attention.flash import (
     Sizes,
     dot,
     exponent_factor,
+    flash_forward,
     group_rows,
     lanes,
     row_dot,
     visit,
 )
-from qwq_jax.kernels.attention.steps import END, FIRST, FULL, LAST, NEW, is_mixed, plan_steps, whole_chunks
+from qwq_jax.kernels.attention.steps import (
+    END,
+    FIRST,
+    FULL,
+    LAST,
+    NEW,
+    PADDING,
+    is_mixed,
+    plan_steps,
+    visited_inner,
+    whole_chunks,
+)
 
 
 def _backward_kernel(
@@ -138,6 +151,7 @@ def _backward_kernel(
 def flash_backward(
     residuals: tuple[jax.Array, ...],
     d_out: jax.Array,
+    d_lse: jax.Array,
     segment_ids: jax.Array | None,
     *,
     scale: float,
@@ -149,6 +163,7 @@ def flash_backward(
     Args:
         residuals: q, k, v, out and lse of `flash_forward`.
         d_out: `[B, T, N, H]`, gradient of out.
+        d_lse: `[B, N, T]` float32, gradient of lse.
         segment_ids: As in the forward.
         scale: As in the forward.
         sizes: Tiles; they need not be those of the forward.
@@ -167,7 +182,8 @@ def flash_backward(
     keys, queries = pl.BlockSpec((None, block_kv, H), key), pl.BlockSpec((None, block_q, G * H), query)
     per_row = pl.BlockSpec((None, None, G, block_q), lambda b, h, *a: (b, h, 0, query(b, h, *a)[1]))
     in_specs = [keys, keys, queries, queries, per_row, per_row]
-    di = jnp.einsum("btnh,btnh->bnt", d_out.astype(jnp.float32), out.astype(jnp.float32))
+    # ds = p * (dp - sum(d_out * out) + d_lse): the last two are one number a row.
+    di = jnp.einsum("btnh,btnh->bnt", d_out.astype(jnp.float32), out.astype(jnp.float32)) - d_lse
     inputs = [k.reshape(B, T, K * H), v.reshape(B, T, K * H), q.reshape(B, T, N * H), d_out.reshape(B, T, N * H)]
     inputs += [lse.reshape(B, K, G, T), di.reshape(B, K, G, T)]
     if segment_ids is not None:
@@ -210,5 +226,81 @@ def flash_backward(
         interpret=interpret,
         name="flash_backward",
     )(*steps, *inputs)
+    if sizes.parts > 1:  # a part leaves what it has not visited as it was in memory
+        dq = jnp.where(jnp.repeat(visited_inner(steps, T // block_q), block_q, axis=2)[..., None], dq, 0)
     dq = (dq.sum(0) * scale).astype(q.dtype)
     return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)
+
+
+class Options(NamedTuple):
+    """What is static about a call of `flash_attention`."""
+
+    scale: float
+    forward: Sizes
+    backward: Sizes
+    interpret: Any = False
+
+
+def flash_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, options: Options
+) -> tuple[jax.Array, jax.Array]:
+    """Causal grouped-query attention of any length, differentiable in q, k and v.
+
+    Rows are filled up to whole blocks and heads to 128 wide; what fills up is its own segment and costs no visit.
+
+    Args:
+        q: `[B, T, N, H]`.
+        k: `[B, T, K, H]`, N a multiple of K.
+        v: `[B, T, K, H]`.
+        segment_ids: `[B, T]` int32, larger than `steps.PADDING`; None: one segment a row.
+        options: Scale and tiles.
+
+    Returns:
+        `[B, T, N, H]` in the dtype of q, and the logarithm of the softmax's denominator `[B, N, T]` in float32.
+    """
+    T, H = q.shape[1], q.shape[3]
+    block = math.lcm(*(size for sizes in (options.forward, options.backward) for size in sizes[:2]))
+    longer, wider = -T % block, -H % LANES
+    q, k, v = (jnp.pad(x, ((0, 0), (0, longer), (0, 0), (0, wider))) for x in (q, k, v))
+    if segment_ids is not None:
+        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, longer)), constant_values=PADDING)
+    result: Any = _attention(q, k, v, segment_ids, options)
+    out, lse = result
+    return out[:, :T, :, :H], lse[:, :, :T]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, options: Options
+) -> tuple[jax.Array, jax.Array]:
+    return _forward(q, k, v, segment_ids, options)[0]
+
+
+def _forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, options: Options
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array | None, ...]]:
+    out, lse = flash_forward(
+        q, k, v, segment_ids, scale=options.scale, sizes=options.forward, interpret=options.interpret
+    )
+    assert lse is not None, "it was asked for"
+    return (out, lse), (q, k, v, out, lse, segment_ids)
+
+
+def _backward(
+    options: Options, residuals: tuple[Any, ...], cotangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array | None, ...]:
+    *arrays, segment_ids = residuals
+    d_out, d_lse = cotangents
+    dq, dk, dv = flash_backward(
+        tuple(arrays),
+        d_out,
+        d_lse,
+        segment_ids,
+        scale=options.scale,
+        sizes=options.backward,
+        interpret=options.interpret,
+    )
+    return dq, dk, dv, None
+
+
+_attention.defvjp(_forward, _backward)

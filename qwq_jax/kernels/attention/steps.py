@@ -97,6 +97,13 @@ def plan_steps(
     return _compact(module, steps, int(causal[order].reshape(parts, -1).sum(-1).max()))
 
 
+def visited_inner(steps: Steps, blocks: int) -> jax.Array:
+    """`[parts, rows, blocks]` bool: which inner blocks the list of a part visits."""
+    inner, bits = jnp.asarray(steps.inner), jnp.asarray(steps.bits)
+    hit = (inner[..., None] == jnp.arange(blocks)) & (bits != 0)[..., None]
+    return hit.any(2).swapaxes(0, 1)
+
+
 def _chunk_status(length: int, segment_ids: jax.Array | None, *, block_q: int, chunk: int) -> tuple[Any, Any]:
     """`[rows, query blocks, chunks]` bool: whether any pair is visible, and whether all are."""
     first_q, first_k = np.arange(0, length, block_q)[:, None], np.arange(0, length, chunk)[None]
