@@ -23,14 +23,24 @@ MASKED = -2e30
 LOG2_E = math.log2(math.e)
 
 
+def contract(a: jax.Array, b: jax.Array, dim_a: int, dim_b: int) -> jax.Array:
+    """Product of two matrices over one dimension each, in float32.
+
+    The matrix unit takes bfloat16; without being told it would round float32 operands to that.
+    """
+    exact = jax.lax.Precision.HIGHEST if a.dtype == b.dtype == jnp.float32 else None
+    dims = (((dim_a,), (dim_b,)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, precision=exact, preferred_element_type=jnp.float32)
+
+
 def row_dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """`[m, h] x [n, h] -> [m, n]` in float32."""
-    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return contract(a, b, 1, 1)
 
 
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """`[m, k] x [k, n] -> [m, n]` in float32."""
-    return jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return contract(a, b, 1, 0)
 
 
 def lanes(x: jax.Array, count: int) -> jax.Array:

@@ -19,6 +19,7 @@ from qwq_jax.kernels.attention.flash import (
     LANES,
     LOG2_E,
     Sizes,
+    contract,
     dot,
     exponent_factor,
     flash_forward,
@@ -90,7 +91,7 @@ def _backward_kernel(
         dv_acc[at, :] += dot(p.astype(d_out.dtype), d_out)
         ds = (p * (row_dot(values, d_out) - di)).astype(queries.dtype)
         dk_acc[at, :] += dot(ds, queries)
-        dq_acc[...] += jax.lax.dot_general(ds, keys, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        dq_acc[...] += contract(ds, keys, 0, 0)
 
     @pl.when(bits != 0)
     def _() -> None:
