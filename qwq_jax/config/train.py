@@ -55,7 +55,7 @@ class SftConfig(Frozen):
         seed: Fixes initial weights and data order.
         remat: Compute each layer's activations again in the backward pass rather than keep them.
         param_dtype: Type of the master weights and of the optimizer state.
-        compute_dtype: Type of activations and of the weights they meet.
+        compute_dtype: Type of activations and of the weights they meet; ``None`` is bfloat16, and float32 on the CPU.
         logprob_chunk: Tokens whose logits exist at one time.
         final: Which weights become the checkpoint at the end: the last, or those of the least held-out loss.
         final_dtype: Type they are stored in.
@@ -81,7 +81,7 @@ class SftConfig(Frozen):
     seed: NonNegativeInt = 0
     remat: bool = True
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
     logprob_chunk: PositiveInt = 1024
     final: Literal["last", "best"] = "last"
     final_dtype: Literal["float32", "bfloat16"] = "bfloat16"

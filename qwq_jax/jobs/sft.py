@@ -34,6 +34,7 @@ from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.train import SftConfig
 from qwq_jax.interrupt import Interrupted, StopRequested
 from qwq_jax.jobs.convert import convert
+from qwq_jax.runtime import default_compute_dtype
 from qwq_jax.sft.data import Examples, read_examples
 from qwq_jax.sft.loss import make_sft_loss
 from qwq_jax.sft.stream import BatchStream, plan_steps
@@ -94,12 +95,14 @@ def sft(config: SftConfig) -> SftReport:
         ValueError: Bad input, in one sentence.
         Interrupted: A signal asked to stop; everything is saved.
     """
+    compute_dtype = config.compute_dtype or default_compute_dtype()
     with sole_writer(config.output_dir) if jax.process_index() == 0 else nullcontext():
-        return train(config)
+        return train(config.model_copy(update={"compute_dtype": compute_dtype}))
 
 
 def train(config: SftConfig) -> SftReport:
-    """The run from its start, or from where it stopped, to its end."""
+    """The run from its start, or from where it stopped, to its end; `compute_dtype` is decided."""
+    assert config.compute_dtype is not None
     layout = train_layout(make_mesh(config.mesh))
     output = epath.Path(config.output_dir)
     start = open_start(config)

@@ -76,7 +76,6 @@ steps = {STEPS}
 eval_every = 2
 save_every = 3
 remat = false
-compute_dtype = "float32"
 final_dtype = "float32"
 [optimizer]
 learning_rate = 1e-2
@@ -130,6 +129,11 @@ def test_a_run_learns_and_leaves_an_ordinary_checkpoint(whole):
     checkpoint = open_checkpoint(f"{whole}/model-{STEPS:06d}")
     assert checkpoint.dtype == np.float32 and {"tokenizer.json", "config.json"} <= set(checkpoint.manifest.files)
     assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["step_00000006", "step_00000008"]
+
+
+def test_activations_are_float32_on_the_cpu_unless_it_is_said_otherwise(whole):
+    record = json.loads((whole / "checkpoints" / f"step_{STEPS:08d}" / "record.json").read_text())["record"]
+    assert record["identity"]["compute_dtype"] == "float32"
 
 
 def test_killed_twice_and_resumed_it_is_bitwise_the_same_run(recipe, whole, tmp_path):
@@ -235,6 +239,7 @@ def test_the_model_is_exported_and_verified_against_what_training_held(whole, tm
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
+        ("compute_dtype=bfloat16", "was trained with compute_dtype = float32, this run has bfloat16"),
         ("seed=7", "was trained with seed = 0, this run has 7"),
         ('train_files=["/absent.jsonl"]', "/absent.jsonl: no such file"),
         ("mesh.data=16", "rows_per_step 8 does not divide"),
