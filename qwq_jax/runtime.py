@@ -54,6 +54,8 @@ def log_to_stderr() -> None:
     handler.setFormatter(logging.Formatter(f"%(asctime)s{process} %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("qwq_jax").setLevel(logging.INFO)
+    # It prints the traceback of every error that it also raises.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
 def _simulate(devices: int) -> None:

@@ -15,9 +15,20 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+import aiohttp
 import fsspec
+import gcsfs.retry
+import google.auth.exceptions
 
 TEMPORARY = ".tmp"
+# What the clients of buckets raise that is no OSError.
+_BUCKET_ERRORS = (
+    gcsfs.retry.HttpError,
+    gcsfs.retry.ChecksumError,
+    gcsfs.retry.NonRetryableError,
+    google.auth.exceptions.GoogleAuthError,
+    aiohttp.ClientError,
+)
 _REASONS = {
     errno.ENOSPC: "no space is left on the device",
     errno.EDQUOT: "the disk quota is used up",
@@ -134,6 +145,24 @@ def reason(error: OSError) -> str:
     return _REASONS.get(error.errno or 0) or error.strerror or str(error).splitlines()[0]
 
 
+@contextmanager
+def answered(address: str) -> Iterator[None]:
+    """Turns a bucket's refusal, or the want of a login, into one sentence about `address`; absence stays as it is."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (*_BUCKET_ERRORS, OSError, ValueError) as error:
+        raise ValueError(_refusal(address, error)) from error
+
+
+def _refusal(address: str, error: BaseException) -> str:
+    said = " ".join(str(error).split())[:300] or type(error).__name__
+    unknown = isinstance(error, google.auth.exceptions.GoogleAuthError) or getattr(error, "code", None) in (401, "401")
+    advice = "; log in with gcloud auth application-default login" if unknown else ""
+    return f"{address}: the bucket cannot be used: {said}{advice}"
+
+
 class LocalDirectory:
     """A directory of this machine's file system."""
 
@@ -231,14 +260,16 @@ class BucketDirectory:
 
     def __init__(self, path: str):
         self.path = path.rstrip("/")
-        self._fs, self._root = fsspec.core.url_to_fs(self.path, use_listings_cache=False)
+        with answered(self.path):
+            self._fs, self._root = fsspec.core.url_to_fs(self.path, use_listings_cache=False)
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"
 
     def _entries(self) -> list[dict]:
         try:
-            found = self._fs.ls(self._root, detail=True, refresh=True)
+            with answered(self.path):
+                found = self._fs.ls(self._root, detail=True, refresh=True)
         except FileNotFoundError:
             return []
         return [entry for entry in found if entry["name"].rstrip("/") != self._root]
@@ -250,14 +281,17 @@ class BucketDirectory:
         return {e["name"].rstrip("/").rsplit("/", 1)[-1] for e in self._entries()}
 
     def stamp(self, name: str) -> str:  # noqa: D102
-        info = self._fs.info(self._at(name))
+        with answered(f"{self.path}/{name}"):
+            info = self._fs.info(self._at(name))
         return f"{info['size']}-{info.get('etag') or info.get('mtime') or info.get('created')}"
 
     def read(self, name: str) -> bytes:  # noqa: D102
-        return self._fs.cat_file(self._at(name))
+        with answered(f"{self.path}/{name}"):
+            return self._fs.cat_file(self._at(name))
 
     def read_into(self, name: str, start: int, out: memoryview) -> None:  # noqa: D102
-        data = self._fs.cat_file(self._at(name), start=start, end=start + len(out))
+        with answered(f"{self.path}/{name}"):
+            data = self._fs.cat_file(self._at(name), start=start, end=start + len(out))
         if len(data) != len(out):
             raise ValueError(f"{self.path}/{name} ends early, at byte {start + len(data)}")
         out[:] = data
@@ -270,20 +304,27 @@ class BucketDirectory:
 
     @contextmanager
     def create(self, name: str) -> Iterator[BinaryIO]:  # noqa: D102
-        file = self._fs.open(self._at(name), "wb")
+        address = f"{self.path}/{name}"
+        with answered(address):
+            file = self._fs.open(self._at(name), "wb")
         try:
             yield file
-        except BaseException:
-            file.discard()
+        except BaseException as error:
+            with suppress(*_BUCKET_ERRORS, OSError):
+                file.discard()
             file.closed = True
+            if isinstance(error, _BUCKET_ERRORS):
+                raise ValueError(_refusal(address, error)) from error
             raise
-        file.close()
+        with answered(address):
+            file.close()
 
     def write(self, name: str, data: bytes) -> None:  # noqa: D102
-        self._fs.pipe_file(self._at(name), data)
+        with answered(f"{self.path}/{name}"):
+            self._fs.pipe_file(self._at(name), data)
 
     def delete(self, name: str) -> None:  # noqa: D102
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), answered(f"{self.path}/{name}"):
             self._fs.rm(self._at(name), recursive=True)
 
     def remove_if_empty(self) -> None:  # noqa: D102

@@ -33,25 +33,73 @@ def fake_bucket_server() -> Iterator[str]:
     log.close()
 
 
+def bucket_environment(url: str, tmp_path: Path) -> dict[str, str]:
+    return os.environ | {
+        "STORAGE_EMULATOR_HOST": url,
+        "TENSORSTORE_GCS_HTTP_URL": url,
+        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",
+        "NO_GCE_CHECK": "true",
+        "GOOGLE_CLOUD_PROJECT": "p",
+        "CLOUDSDK_CONFIG": str(tmp_path / "none"),
+        "EPATH_USE_TF": "false",
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+    }
+
+
 def test_bucket(tmp_path: Path) -> None:
     with fake_bucket_server() as url:
         create = json.dumps({"name": "weights"}).encode()
         headers = {"Content-Type": "application/json"}
         urllib.request.urlopen(urllib.request.Request(f"{url}/storage/v1/b?project=p", create, headers)).close()
-        environment = os.environ | {
-            "STORAGE_EMULATOR_HOST": url,
-            "TENSORSTORE_GCS_HTTP_URL": url,
-            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",
-            "NO_GCE_CHECK": "true",
-            "GOOGLE_CLOUD_PROJECT": "p",
-            "CLOUDSDK_CONFIG": str(tmp_path / "none"),
-            "EPATH_USE_TF": "false",
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-        }
+        environment = bucket_environment(url, tmp_path)
         command = [sys.executable, "-m", "tests.checkpoint.bucket_round_trip", str(tmp_path), "weights"]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stderr
     assert "EVERYTHING HOLDS" in done.stdout
+
+
+class RefusingBucket(BaseHTTPRequestHandler):
+    """Answers each request with the status that the name of the bucket is."""
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        status = int(self.path.partition("?")[0].split("/b/")[1][:3])
+        data = json.dumps({"error": {"code": status, "message": f"not\ntoday, invalid {status}"}}).encode()
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_POST = do_PUT = do_DELETE = do_GET
+
+
+def test_a_bucket_that_refuses_is_one_sentence(tmp_path: Path) -> None:
+    """Each verb in one process, which prints its exit codes."""
+    source = make_source(tmp_path / "hf")
+    code = "import json, sys; from qwq_jax.__main__ import main; print([main(a) for a in json.loads(sys.argv[1])])"
+    commands = [
+        ["convert", "gs://401/hf", str(tmp_path / "ours")],
+        ["convert", str(source), "gs://401/ours"],
+        ["export", "gs://401/ours", str(tmp_path / "back")],
+        ["convert", "gs://400/hf", str(tmp_path / "ours")],
+        ["export", "gs://400/ours", str(tmp_path / "back")],
+        ["convert", "gs://403/hf", str(tmp_path / "ours")],
+        ["convert", "gs://409/hf", str(tmp_path / "ours")],
+    ]
+    with serving(RefusingBucket) as url:
+        command = [sys.executable, "-c", code, json.dumps(commands)]
+        environment = bucket_environment(url, tmp_path)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"{[2] * len(commands)}\n", done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if not line.endswith("metadata server.")]
+    for line, command in zip(lines, commands, strict=True):
+        address = next(word for word in command if word.startswith("gs://"))
+        assert line.startswith(f"error: {address}") and "the bucket cannot be used: " in line
+        assert ("gcloud auth application-default login" in line) is ("401" in address)
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -106,11 +154,17 @@ class Hub(BaseHTTPRequestHandler):
 @contextmanager
 def fake_hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
     handler = type("Handler", (Hub,), {"folder": folder, "log": []})
+    with serving(handler) as url:
+        yield url, handler.log
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", handler.log
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         thread.join()
