@@ -27,7 +27,10 @@ class HubDirectory:
 
     Args:
         location: ``owner/name`` or ``owner/name@revision``.
-        delete_used: Delete from the cache, on `release`, each file that this object has downloaded.
+        delete_used: Delete from the cache, on `release`, each file that is not in `kept`.
+
+    Attributes:
+        kept: Files that are not ours to delete: what the cache held before.
     """
 
     def __init__(self, location: str, *, delete_used: bool):
@@ -35,11 +38,15 @@ class HubDirectory:
         self._repo, _, revision = location.partition("@")
         self._delete_used = delete_used
         self._local: dict[str, Path] = {}
-        self._kept: set[str] = set()  # files that were in the cache before: not ours to delete
         with _explained(location):
             info = HfApi().model_info(self._repo, revision=revision or None, files_metadata=True)
         self._commit = info.sha
         self._sizes = {f.rfilename: f.size or 0 for f in info.siblings or () if "/" not in f.rfilename}
+        self.kept = {name for name in self._sizes if self._cached(name) is not None}
+
+    def _cached(self, name: str) -> Path | None:
+        found = try_to_load_from_cache(self._repo, name, revision=self._commit)
+        return Path(found) if isinstance(found, str) else None
 
     def sizes(self) -> dict[str, int]:  # noqa: D102
         return dict(self._sizes)
@@ -75,14 +82,13 @@ class HubDirectory:
         if name in self._local:
             return
         with _explained(f"{self.path}/{name}"):
-            if isinstance(try_to_load_from_cache(self._repo, name, revision=self._commit), str):
-                self._kept.add(name)
             self._local[name] = Path(hf_hub_download(self._repo, name, revision=self._commit))
 
     def release(self, name: str) -> None:
-        """The file is not needed any more."""
-        local = self._local.pop(name, None)
-        if local is not None and self._delete_used and name not in self._kept:
+        """The file, which an earlier run may have downloaded, is not needed any more."""
+        self._local.pop(name, None)
+        local = self._cached(name)
+        if local is not None and self._delete_used and name not in self.kept:
             blob = local.resolve()
             local.unlink(missing_ok=True)
             blob.unlink(missing_ok=True)

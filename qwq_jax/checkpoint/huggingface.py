@@ -115,6 +115,8 @@ def open_source(location: str, *, low_disk: bool = False) -> Source:
     if not sizes and isinstance(directory, LocalDirectory) and not directory.children() and is_hub_id(location):
         directory = HubDirectory(location, delete_used=low_disk)
         sizes = directory.sizes()
+    elif low_disk:
+        raise ValueError(f"--low-disk deletes downloaded files after use, and {location} is not downloaded")
     if not sizes:
         raise ValueError(f"{location}: there is no such directory, or it holds no files")
     config = _read_json(directory, "config.json", sizes)

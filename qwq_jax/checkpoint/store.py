@@ -7,7 +7,7 @@
       manifest.json        shape, dtype and source hash of each tensor
       params/              a plain Orbax checkpoint (zarr3); Orbax alone can restore it
         layers.0.attention.q_kernel/ ...
-      partial/             only while unfinished: identity.json, and a record of each finished tensor
+      partial/             only while unfinished: identity.json, a record of each finished tensor, what else to remember
       COMMITTED            hash of the manifest; without it this is no checkpoint
 
 A tensor is finished when its record exists, and its record is written when its bytes are durable. Orbax itself saves a
@@ -133,6 +133,14 @@ class CheckpointWriter:
         folder = open_directory(f"{self.directory.path}/{PARTIAL}")
         names = [name for name in folder.sizes() if name.endswith(".json") and f"{PARTIAL}/{name}" != _IDENTITY]
         return [TensorRecord.model_validate_json(folder.read(name)) for name in sorted(names)]
+
+    def remember(self, name: str, value: bytes) -> bytes:
+        """Returns what the first run of this job gave here; kept until the checkpoint is committed."""
+        known = self._read_optional(f"{PARTIAL}/{name}")
+        if known is None:
+            with explained(f"cannot write {self.directory.path}"):
+                self.directory.write(f"{PARTIAL}/{name}", value)
+        return value if known is None else known
 
     @property
     def missing_bytes(self) -> int:

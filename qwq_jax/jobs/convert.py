@@ -5,9 +5,10 @@ what is in flight below twice the largest tensor, however many layers there are.
 """
 
 import hashlib
+import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ from rich.progress import (
 from qwq_jax.chat import ChatTokenizer
 from qwq_jax.checkpoint.buffers import BufferPool
 from qwq_jax.checkpoint.directory import Directory, LocalDirectory, explained, sole_writer
+from qwq_jax.checkpoint.hub import HubDirectory
 from qwq_jax.checkpoint.huggingface import Source, TensorInfo, has_nonfinite, open_source
 from qwq_jax.checkpoint.manifest import TensorRecord
 from qwq_jax.checkpoint.names import EMBEDDING, TIED_HEAD, NamePair, check_leaves, match_tensors
@@ -101,8 +103,6 @@ def _convert(source: str, dest: str, *, dtype: str | None, allow_nan: bool, low_
     shapes = {tensor.name: tensor.shape for tensor in opened.tensors.values()}
     table = match_tensors(config, shapes, opened.directory.path)
     spec = _destination_spec(config, table, opened.tensors, dtype)
-    if config.tie_word_embeddings and TIED_HEAD in opened.tensors:
-        _check_tied_head(opened)
     writer = CheckpointWriter(dest, spec, identity=identity, origin=source)
     if writer.is_committed:
         return ConvertReport(len(spec), 0, 0, time.monotonic() - started)
@@ -110,6 +110,11 @@ def _convert(source: str, dest: str, *, dtype: str | None, allow_nan: bool, low_
     total = sum(info.nbytes for _, info in todo)
     try:
         _check_space(writer)
+        _prepare_downloads(opened, writer)
+        # Finished tensors were written after this.
+        if config.tie_word_embeddings and TIED_HEAD in opened.tensors and not writer.finished:
+            _check_tied_head(opened)
+        _release(opened, but={info.file for _, info in todo})
         with progress_bar() as progress:
             task = progress.add_task("converting", total=total)
             _Pipeline(opened, writer, allow_nan=allow_nan, progress=progress, task=task).run(todo)
@@ -127,6 +132,8 @@ def _convert(source: str, dest: str, *, dtype: str | None, allow_nan: bool, low_
         raise ValueError(
             f"{error}; {len(writer.finished)} tensors are kept, the same command goes on from there"
         ) from error
+    finally:
+        _release(opened)
     return ConvertReport(len(spec), len(todo), total, time.monotonic() - started)
 
 
@@ -178,6 +185,19 @@ def _check_tied_head(source: Source) -> None:
         raise ValueError(
             f"{source.locate(TIED_HEAD)} differs from {EMBEDDING}, though config.json says tie_word_embeddings: true"
         )
+
+
+def _prepare_downloads(source: Source, writer: CheckpointWriter) -> None:
+    """What a killed run has downloaded is to be deleted after use; what the cache held before that run is not."""
+    if isinstance(source.directory, HubDirectory):
+        before = writer.remember("cached-files", json.dumps(sorted(source.directory.kept)).encode())
+        source.directory.kept = set(json.loads(before))
+
+
+def _release(source: Source, but: Set[str] = frozenset()) -> None:
+    """Ends the use of every weight file except these."""
+    for file in {tensor.file for tensor in source.tensors.values()} - but:
+        source.directory.release(file)
 
 
 def _check_space(writer: CheckpointWriter) -> None:

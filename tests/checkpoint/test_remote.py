@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoint.sources import make_source
+from qwq_jax.__main__ import main
+from tests.checkpoint.sources import make_source, model_config, random_tensors, write_source
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -171,7 +172,25 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
         server.server_close()
 
 
-def run_from_hub(endpoint: str, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+# Kills its process where a downloaded file would be deleted, once its tensors had time to be written.
+KILLED = """
+import os, signal, sys, time
+from qwq_jax.checkpoint.hub import HubDirectory
+release = HubDirectory.release
+def die(self, name):
+    if name == sys.argv[1]:
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    release(self, name)
+HubDirectory.release = die
+from qwq_jax.__main__ import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def run_from_hub(
+    endpoint: str, home: Path, *arguments: str, kill_at: str | None = None
+) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(home),
@@ -179,7 +198,8 @@ def run_from_hub(endpoint: str, home: Path, *arguments: str) -> subprocess.Compl
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
-    command = [sys.executable, "-m", "qwq_jax", "convert", *arguments]
+    program = ["-m", "qwq_jax"] if kill_at is None else ["-c", KILLED, kill_at]
+    command = [sys.executable, *program, "convert", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -213,6 +233,38 @@ def test_low_disk_leaves_what_the_user_had(tmp_path: Path) -> None:
         done = run_from_hub(endpoint, home, "owner/name", str(tmp_path / "second"), "--low-disk")
         assert done.returncode == 0, done.stderr
     assert len(list(home.rglob("*.safetensors"))) == 3
+
+
+def test_low_disk_deletes_what_a_killed_run_downloaded(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "hf", dtype="bfloat16", shards=3)
+    home, dest = tmp_path / "home", str(tmp_path / "ours")
+    with fake_hub(source) as (endpoint, _):
+        for kill_at in sorted(p.name for p in source.glob("*.safetensors"))[:2]:
+            assert run_from_hub(endpoint, home, "owner/name", dest, "--low-disk", kill_at=kill_at).returncode == -9
+            assert [p.name for p in home.rglob("*.safetensors")] == [kill_at]
+        done = run_from_hub(endpoint, home, "owner/name", dest, "--low-disk")
+        assert done.returncode == 0, done.stderr
+    assert not list(home.rglob("*.safetensors"))
+    assert sum(p.stat().st_size for p in home.rglob("*") if p.is_file()) < 20_000
+
+
+def test_low_disk_deletes_the_file_of_a_tied_head(tmp_path: Path) -> None:
+    """It is read to be compared, and holds nothing to convert."""
+    tensors = random_tensors(model_config(tied=True), "bfloat16")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    source = write_source(tmp_path / "hf", model_config(tied=True), tensors, shards=len(tensors))
+    home = tmp_path / "home"
+    with fake_hub(source) as (endpoint, _):
+        done = run_from_hub(endpoint, home, "owner/name", str(tmp_path / "ours"), "--low-disk")
+    assert done.returncode == 0, done.stderr
+    assert not list(home.rglob("*.safetensors"))
+
+
+def test_low_disk_of_what_is_not_downloaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = str(make_source(tmp_path / "hf"))
+    assert main(["convert", source, str(tmp_path / "ours"), "--low-disk"]) == 2
+    expected = f"error: --low-disk deletes downloaded files after use, and {source} is not downloaded\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_unknown_hub_id(tmp_path: Path) -> None:
