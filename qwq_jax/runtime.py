@@ -7,18 +7,20 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
 from qwq_jax.interrupt import Interrupted, StopRequested
 
-__all__ = ["Interrupted", "StopRequested", "default_compute_dtype", "log_to_stderr", "start"]
+__all__ = ["Interrupted", "StopRequested", "default_compute_dtype", "hide_abandoned_reads", "log_to_stderr", "start"]
 
 _DEVICE_COUNT_FLAG = re.compile(r"--xla_force_host_platform_device_count=\d+\s*")
 # Faster compilations are cheaper to repeat than to look up.
 _WORTH_CACHING_SECONDS = 0.5
+_ABANDONED = ("Event loop is closed", "Encountered error while reading array index")
 
 
 def start(*, simulate_devices: int | None = None, distributed: bool = False) -> None:
@@ -40,6 +42,7 @@ def start(*, simulate_devices: int | None = None, distributed: bool = False) -> 
         jax.config.update("jax_compilation_cache_dir", str(_cache_directory() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_CACHING_SECONDS)
     log_to_stderr()
+    hide_abandoned_reads()
 
 
 def default_compute_dtype() -> Literal["float32", "bfloat16"]:
@@ -54,8 +57,26 @@ def log_to_stderr() -> None:
     handler.setFormatter(logging.Formatter(f"%(asctime)s{process} %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("qwq_jax").setLevel(logging.INFO)
-    # It prints the traceback of every error that it also raises.
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+    # These print the traceback of an error that is raised besides.
+    for name in ("gcsfs", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def hide_abandoned_reads() -> None:
+    """When a read fails Orbax drops the others that are under way; Python would print a traceback for each."""
+    if not isinstance(sys.unraisablehook, _AbandonedReads):
+        sys.unraisablehook = _AbandonedReads(sys.unraisablehook)
+
+
+class _AbandonedReads:
+    """A hook for errors that nobody can catch, which passes over those of abandoned reads."""
+
+    def __init__(self, otherwise: Callable[[Any], object]) -> None:
+        self._otherwise = otherwise
+
+    def __call__(self, unraisable: Any) -> None:
+        if not str(unraisable.exc_value).startswith(_ABANDONED):
+            self._otherwise(unraisable)
 
 
 def _simulate(devices: int) -> None:

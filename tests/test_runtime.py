@@ -68,3 +68,18 @@ def test_processes_are_named_in_full(monkeypatch):
 
 def test_cpu_computes_in_float32():
     assert runtime.default_compute_dtype() == "float32"
+
+
+def test_abandoned_reads_leave_no_traceback_and_other_errors_do():
+    code = """
+from qwq_jax import runtime
+runtime.start()
+runtime.start()
+class Failing:
+    def __init__(self, text): self.text = text
+    def __del__(self): raise RuntimeError(self.text)
+Failing("Event loop is closed")
+Failing("something else")
+"""
+    error = run(code).stderr
+    assert "Event loop is closed" not in error and error.count("RuntimeError: something else") == 1

@@ -25,7 +25,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,6 +38,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from qwq_jax.checkpoint.damage import restoring
 from qwq_jax.checkpoint.directory import Directory, LocalDirectory, explained, open_directory
 from qwq_jax.checkpoint.manifest import Manifest, TensorRecord, read_manifest
 from qwq_jax.config.model import ModelConfig
@@ -278,6 +279,9 @@ def restore_params(checkpoint: Checkpoint, layout: Layout | None, dtype: Any = N
         checkpoint: From `open_checkpoint`.
         layout: Mesh and table; ``None`` puts all on the first device.
         dtype: Convert to this; ``None`` keeps what is stored.
+
+    Raises:
+        ValueError: A parameter is damaged, cannot be read, or does not fit the memory of the devices.
     """
     single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = {}
@@ -289,11 +293,9 @@ def restore_params(checkpoint: Checkpoint, layout: Layout | None, dtype: Any = N
     arguments = ocp.args.PyTreeRestore(
         item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
     )
-    with ocp.Checkpointer(handler) as checkpointer, explained(f"cannot read {checkpoint.path}"), _os_errors():
-        try:
+    with ocp.Checkpointer(handler) as checkpointer, explained(f"cannot read {checkpoint.path}"):
+        with restoring(checkpoint.path, abstract), _os_errors():
             return checkpointer.restore(_place(checkpoint.path), args=arguments)
-        except Exception as error:  # Orbax raises nothing narrower for what tensorstore finds
-            raise ValueError(f"{checkpoint.path}: {_damage(error, abstract)}") from error
 
 
 def read_param(
@@ -324,15 +326,6 @@ def read_param(
 def _place(path: str) -> str:
     """Where Orbax finds the parameters; it takes absolute paths only."""
     return f"{path.rstrip('/')}/{PARAMS}" if "://" in path else os.path.abspath(f"{path}/{PARAMS}")
-
-
-def _damage(error: Exception, names: Iterable[str]) -> str:
-    """Which parameter an error of Orbax is about, and what tensorstore says of it."""
-    text = str(error)
-    name = max((name for name in names if f"{name}/" in text or f"'{name}'" in text), key=len, default=None)
-    reason = re.search(r"\b(NOT_FOUND|DATA_LOSS|INVALID_ARGUMENT|FAILED_PRECONDITION): ([^\[\n]*)", text)
-    cause = f" ({reason[2].strip()[:200]})" if reason else f" ({text.strip().splitlines()[0][:200]})" if text else ""
-    return f"{name or 'a parameter'} is damaged or incomplete{cause}"
 
 
 def _kvstore(path: str) -> dict[str, Any]:

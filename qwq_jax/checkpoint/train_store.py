@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from qwq_jax.checkpoint.damage import restoring
 from qwq_jax.checkpoint.directory import open_directory
 
 MARKER = "COMMITTED"
@@ -59,11 +60,11 @@ class TrainStore:
 
     def metric(self, step: int) -> float | None:
         """What the checkpoint was saved with."""
-        return json.loads((self._path(step) / "record.json").read_text())["metric"]
+        return self._read_record(step)["metric"]
 
     def record(self, step: int) -> dict[str, Any]:
         """The record the checkpoint was saved with."""
-        return json.loads((self._path(step) / "record.json").read_text())["record"]
+        return self._read_record(step)["record"]
 
     def save(self, step: int, arrays: Any, record: Mapping[str, Any], *, metric: float | None = None) -> None:
         """Writes and commits a checkpoint, then deletes the ones that are no longer kept. Every process calls it.
@@ -102,23 +103,21 @@ class TrainStore:
         """Reads a checkpoint into the structure of `target`, a tree of ``ShapeDtypeStruct`` with shardings.
 
         Raises:
-            ValueError: The checkpoint holds other arrays, or other shapes, than `target`.
+            ValueError: The checkpoint holds other arrays, or other shapes, than `target`, or is damaged, or does not
+                fit the memory of the devices.
         """
         wanted = flatten(target)
+        path = self._path(step)
+        places = {
+            key: ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=leaf.sharding, global_shape=leaf.shape)
+            for key, leaf in wanted.items()
+        }
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            source = self._path(step) / "arrays"
-            stored = checkpointer.metadata(source).item_metadata.tree
-            check_same_arrays({k: tuple(v.shape) for k, v in stored.items()}, wanted, where=str(self._path(step)))
-            restored = checkpointer.restore(
-                source,
-                args=ocp.args.PyTreeRestore(
-                    item=wanted,
-                    restore_args={
-                        key: ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=leaf.sharding, global_shape=leaf.shape)
-                        for key, leaf in wanted.items()
-                    },
-                ),
-            )
+            check_same_arrays(self._shapes(step, checkpointer), wanted, where=str(path))
+            with restoring(str(path), wanted):
+                restored = checkpointer.restore(
+                    path / "arrays", args=ocp.args.PyTreeRestore(item=wanted, restore_args=places)
+                )
         return jax.tree.unflatten(jax.tree.structure(target), [restored[key] for key in wanted])
 
     def clean(self) -> None:
@@ -128,6 +127,26 @@ class TrainStore:
                 if not (path / MARKER).exists():
                     path.rmtree()
         barrier("train_store_clean")
+
+    def _shapes(self, step: int, checkpointer: ocp.Checkpointer) -> dict[str, tuple[int, ...]]:
+        path = self._path(step) / "arrays"
+        try:
+            found = checkpointer.metadata(path).item_metadata
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged or incomplete: what it holds cannot be told") from error
+        if found is None:
+            raise ValueError(f"{path} is damaged or incomplete: what it holds cannot be told")
+        return {key: tuple(array.shape) for key, array in found.tree.items()}
+
+    def _read_record(self, step: int) -> dict[str, Any]:
+        path = self._path(step) / "record.json"
+        try:
+            found = json.loads(path.read_text())
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(f"{path} is damaged or incomplete: {error}") from error
+        if not isinstance(found, dict) or "metric" not in found or not isinstance(found.get("record"), dict):
+            raise ValueError(f"{path} is damaged or incomplete: it holds no record of a step")
+        return found
 
     def _prune(self) -> None:
         kept = {*self.steps()[-self.keep :], self.best_step()}

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from jax.errors import JaxRuntimeError
 
 from qwq_jax import __main__ as command_line
 from qwq_jax.checkpoint import open_checkpoint, read_param, restore_params
@@ -59,6 +61,31 @@ def test_damage_is_found_however_it_is_read(intact: Path, tmp_path: Path, harm, 
     assert command_line.main(["export", str(copy), str(tmp_path / "back")]) == 2
     error = capsys.readouterr().err
     assert NAME in error and error.count("\n") == 1 and not (tmp_path / "back").exists()
+
+
+def raising(error: Exception):
+    def restore(self, *args, **kwargs):
+        raise error
+
+    return restore
+
+
+@pytest.mark.parametrize(
+    "cause", [JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), MemoryError()]
+)
+def test_too_little_memory_is_no_damage(intact: Path, monkeypatch, cause) -> None:
+    error = Exception("Encountered error while reading array index")  # as Orbax does
+    error.__cause__ = cause
+    monkeypatch.setattr(ocp.Checkpointer, "restore", raising(error))
+    with pytest.raises(ValueError, match="ours: its arrays do not fit the memory of the devices; use a wider mesh"):
+        restore_params(open_checkpoint(str(intact)), None)
+
+
+@pytest.mark.parametrize("error", [JaxRuntimeError("INTERNAL: a device is lost"), AssertionError("a bug")])
+def test_what_is_no_damage_keeps_its_name(intact: Path, monkeypatch, error) -> None:
+    monkeypatch.setattr(ocp.Checkpointer, "restore", raising(error))
+    with pytest.raises(type(error), match=str(error)):
+        restore_params(open_checkpoint(str(intact)), None)
 
 
 def test_converted_tensors_are_verified_too(intact: Path, tmp_path: Path) -> None:

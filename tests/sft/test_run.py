@@ -1,6 +1,7 @@
 """The verb itself: a run killed and resumed is the run that was not, and bad input is one sentence."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -218,6 +219,17 @@ def test_training_goes_on_from_a_checkpoint(recipe, whole, tmp_path):
     assert (
         open_checkpoint(f"{tmp_path}/next/model-000003").config == open_checkpoint(f"{whole}/model-{STEPS:06d}").config
     )
+
+
+@pytest.mark.parametrize("name", ["record.json", "arrays/d/*"])
+def test_a_damaged_checkpoint_of_the_run_exits_2(recipe, whole, tmp_path, capsys, name):
+    shutil.copytree(whole, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints" / f"step_{STEPS:08d}").glob(name):
+        path.write_bytes(path.read_bytes()[:-9])
+    assert main(["sft", str(recipe), "--set", f"output_dir={tmp_path}/run"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {tmp_path}/run/checkpoints/step_{STEPS:08d}")
+    assert "is damaged or incomplete" in error
 
 
 def test_two_runs_do_not_share_a_directory(recipe, whole, capsys):

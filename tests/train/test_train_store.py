@@ -6,11 +6,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
+from jax.errors import JaxRuntimeError
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qwq_jax.checkpoint import train_store
 from qwq_jax.checkpoint.train_store import MARKER, TrainStore
 from qwq_jax.config.mesh import MeshConfig
+from qwq_jax.runtime import hide_abandoned_reads
 from qwq_jax.sharding import make_mesh
 from qwq_jax.train.state import TrainState
 
@@ -98,3 +100,55 @@ def test_other_arrays_are_refused(tmp_path):
     wider = TrainState({"layers.mlp.up_kernel": jnp.ones((8, 5))}, saved.opt_state, saved.step)
     with pytest.raises(ValueError, match=r"up_kernel has shape \(8, 4\), this configuration needs \(8, 5\)"):
         store.restore(1, described(wider))
+
+
+def lose(path):
+    path.unlink()
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("harm", [lose, empty, flip_a_bit])
+@pytest.mark.parametrize(
+    "name",
+    ["record.json", "arrays/_METADATA", "arrays/array_metadatas/process_0", "arrays/manifest.ocdbt", "arrays/d/*"],
+)
+def test_damage_is_one_sentence(tmp_path, name, harm):
+    if harm is lose and "array_metadatas" in name:
+        return  # Orbax does without
+    store = TrainStore(epath.Path(tmp_path))
+    store.save(1, state(1), {"stream": {}}, metric=0.5)
+    for path in (tmp_path / "step_00000001").glob(name):
+        harm(path)
+    hide_abandoned_reads()
+    with pytest.raises(ValueError, match="step_00000001.* is damaged or incomplete") as caught:
+        store.record(1)
+        store.restore(1, described(state(0)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_record_of_something_else_is_damage(tmp_path):
+    store = TrainStore(epath.Path(tmp_path))
+    store.save(1, state(1), {})
+    (tmp_path / "step_00000001" / "record.json").write_text("[1]")
+    with pytest.raises(ValueError, match="record.json is damaged or incomplete: it holds no record of a step"):
+        store.metric(1)
+
+
+def test_too_little_memory_is_no_damage(tmp_path, monkeypatch):
+    def restore(self, *args, **kwargs):
+        raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+
+    store = TrainStore(epath.Path(tmp_path))
+    store.save(1, state(1), {})
+    monkeypatch.setattr(ocp.Checkpointer, "restore", restore)
+    with pytest.raises(ValueError, match="step_00000001: its arrays do not fit the memory of the devices"):
+        store.restore(1, described(state(0)))
