@@ -112,7 +112,10 @@ class SamplingParams(Frozen):
                 raise ValueError(f"max_completion_tokens: {limit!r} contradicts max_tokens {fields['max_tokens']!r}")
         if isinstance(fields.get("stop"), str):
             fields["stop"] = [fields["stop"]]
+        inherited = defaults.model_dump() if defaults else {}
+        if fields.get("logprobs") is False:
+            inherited.pop("top_logprobs", None)  # it goes with the default that the line declines
         try:
-            return cls.model_validate({**(defaults.model_dump() if defaults else {}), **fields})
+            return cls.model_validate({**inherited, **fields})
         except ValidationError as error:
             raise ValueError(describe(error)) from None

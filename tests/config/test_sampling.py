@@ -43,6 +43,15 @@ def test_spellings(body, expected):
     assert SamplingParams.from_openai(body) == expected
 
 
+def test_a_line_that_declines_logprobs_declines_the_likeliest_too():
+    defaults = SamplingParams(logprobs=True, top_logprobs=3)
+    declined = SamplingParams.from_openai({"logprobs": False}, defaults)
+    assert not declined.logprobs and declined.top_logprobs == 0
+    assert SamplingParams.from_openai({}, defaults) == defaults
+    with pytest.raises(ValueError, match="top_logprobs 2 needs logprobs true"):
+        SamplingParams.from_openai({"logprobs": False, "top_logprobs": 2}, defaults)
+
+
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [
