@@ -89,7 +89,7 @@ class ChatTokenizer:
 
     def detokenizer(self, *, skip_special_tokens: bool = True) -> "IncrementalDetokenizer":
         """A decoder for tokens that arrive one by one."""
-        return IncrementalDetokenizer(self._token_bytes, skip=self._special_ids if skip_special_tokens else frozenset())
+        return IncrementalDetokenizer(self._token_bytes, skip=self._skipped if skip_special_tokens else frozenset())
 
     def apply_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """Ids of a conversation, equal to transformers' ``apply_chat_template``."""
@@ -127,8 +127,14 @@ class ChatTokenizer:
         return {id: _bytes_of_token(token, alphabet) for token, id in self.tokenizer.get_vocab().items()}
 
     @functools.cached_property
-    def _special_ids(self) -> frozenset[int]:
-        return frozenset(id for id, token in self.tokenizer.get_added_tokens_decoder().items() if token.special)
+    def special_ids(self) -> Mapping[str, int]:
+        """Tokens that `decode` leaves out, such as ``<|im_end|>``, with their ids."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        return {token.content: id for id, token in added.items() if token.special}
+
+    @functools.cached_property
+    def _skipped(self) -> frozenset[int]:
+        return frozenset(self.special_ids.values())
 
 
 class IncrementalDetokenizer:

@@ -1,9 +1,11 @@
 """Between text and tokens: a line's prompt as token ids, stop strings, and a completion as text.  No JAX."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from qwq_jax.chat import THINK_CLOSE, THINK_OPEN, ChatTokenizer, IncrementalDetokenizer, split_thinking
+from qwq_jax.config.sampling import SamplingParams
 from qwq_jax.engine.request import Completion, Request, TokenLogprob
 from qwq_jax.jobs.batch_file import Choice, PromptLine
 
@@ -19,6 +21,23 @@ def prompt_ids(line: PromptLine, tokenizer: ChatTokenizer) -> tuple[int, ...]:
         return tuple(tokenizer.encode(line.prompt))
     assert line.prompt_token_ids is not None, "a line has one of three prompts"
     return line.prompt_token_ids
+
+
+def with_special_stops(params: SamplingParams, tokenizer: ChatTokenizer) -> SamplingParams:
+    """Turns stop strings that are special tokens, which no text shows, into stop tokens.
+
+    Raises:
+        ValueError: One holds more than a special token.
+    """
+    special = tokenizer.special_ids
+    text = tuple(stop for stop in params.stop if stop not in special)
+    mixed = next(((stop, mark) for stop in text for mark in special if mark in stop), None)
+    if mixed is not None:
+        raise ValueError(f"stop: {mixed[0]!r} holds the special token {mixed[1]!r}, which has to be a stop of its own")
+    if len(text) == len(params.stop):
+        return params
+    ids = [special[stop] for stop in params.stop if stop in special]
+    return params.model_copy(update={"stop": text, "stop_token_ids": (*params.stop_token_ids, *ids)})
 
 
 class StopStrings:
@@ -43,7 +62,11 @@ class StopStrings:
 
 
 def choice_of(completion: Completion, request: Request, tokenizer: ChatTokenizer) -> Choice:
-    """A completion as text: cut before a stop string, thoughts apart from the answer."""
+    """A completion as text: cut before a stop string, thoughts apart from the answer.
+
+    Raises:
+        ValueError: A log-probability that was asked for is not a number, for which JSON has no word.
+    """
     text = _before(tokenizer.decode(completion.token_ids), request.params.stop)
     opened = prompt_opens_thinking(request.prompt_token_ids, tokenizer)
     reasoning, content = split_thinking(text, opened)
@@ -81,5 +104,7 @@ def _logprob(entry: TokenLogprob, tokenizer: ChatTokenizer) -> dict[str, Any]:
 
 def _token(token_id: int, logprob: float, tokenizer: ChatTokenizer) -> dict[str, Any]:
     """A token in OpenAI's shape; a part of a character has no text of its own, and bytes null."""
+    if not math.isfinite(logprob):
+        raise ValueError(f"the model gave token {token_id} the log-probability {logprob}")
     text = tokenizer.decode([token_id], skip_special_tokens=False)
     return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}

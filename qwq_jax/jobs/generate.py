@@ -15,7 +15,7 @@ from qwq_jax.config.sampling import SamplingParams
 from qwq_jax.engine.engine import Engine
 from qwq_jax.engine.request import Completion, Request
 from qwq_jax.interrupt import Interrupted, StopRequested
-from qwq_jax.jobs.answer import StopStrings, choice_of, prompt_ids
+from qwq_jax.jobs.answer import StopStrings, choice_of, prompt_ids, with_special_stops
 from qwq_jax.jobs.batch_file import BadLine, Choice, PromptLine, count_lines, error_line, read_batch, result_line
 from qwq_jax.jobs.progress import BatchProgress
 from qwq_jax.jobs.result_file import ResultFile, file_fingerprint
@@ -97,6 +97,7 @@ def generate(
             for output_of_step in server.run(batch.requests(input), functools.partial(StopStrings.factory, tokenizer)):
                 for completion in output_of_step.completions:
                     batch.take(completion)
+                results.sync_if_due()
                 progress.update(len(results.done), len(output_of_step.tokens))
                 if stop():
                     results.sync()
@@ -132,26 +133,38 @@ class _Batch:
                 continue
             if isinstance(line, PromptLine):
                 try:
-                    request = Request(line.custom_id, prompt_ids(line, self.tokenizer), line.params)
+                    params = with_special_stops(line.params, self.tokenizer)
+                    request = Request(line.custom_id, prompt_ids(line, self.tokenizer), params)
                     self.engine.check(request)
                 except ValueError as error:
                     line = BadLine(line.number, line.custom_id, f"line {line.number}: {error}")
             if isinstance(line, BadLine):
-                self.results.append(error_line(line))
-                self.answered += 1
-                self.errors += 1
+                self._refuse(line)
                 continue
             self._lines[line.custom_id] = (line, request, [])
             yield request
 
     def take(self, completion: Completion) -> None:
-        """Note a sample; the last one of a line completes it."""
+        """Note a sample; the last one of a line completes it, and one that cannot be reported fails it."""
+        if completion.request_id not in self._lines:
+            return  # another sample of a line that failed
         line, request, choices = self._lines[completion.request_id]
-        choices.append(choice_of(completion, request, self.tokenizer))
+        try:
+            choices.append(choice_of(completion, request, self.tokenizer))
+        except ValueError as error:
+            del self._lines[completion.request_id]
+            self.engine.cancel(completion.request_id)
+            self._refuse(BadLine(line.number, line.custom_id, f"line {line.number}: {error}"))
+            return
         if len(choices) == line.params.n:
             del self._lines[completion.request_id]
             self.results.append(result_line(line, choices, len(request.prompt_token_ids), self.model))
             self.answered += 1
+
+    def _refuse(self, line: BadLine) -> None:
+        self.results.append(error_line(line))
+        self.answered += 1
+        self.errors += 1
 
     def report(self, requests: int, tokens_per_second: float) -> GenerateReport:
         """What was done."""

@@ -88,7 +88,11 @@ class ResultFile:
             raise ValueError(f"cannot write {self.path}: {error.strerror}") from None
         self._note(number, len(raw))
         self._unsynced = True
-        if self._clock() - self._synced_at >= SYNC_SECONDS:
+        self.sync_if_due()
+
+    def sync_if_due(self) -> None:
+        """Make durable what has waited for `SYNC_SECONDS`; called between appends too, it bounds what a crash takes."""
+        if self._unsynced and self._clock() - self._synced_at >= SYNC_SECONDS:
             self.sync()
 
     def sync(self) -> None:

@@ -3,23 +3,31 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from qwq_jax import __main__ as command_line
 from qwq_jax.chat import ChatTokenizer, split_thinking
 from qwq_jax.config.engine import EngineConfig
 from qwq_jax.config.mesh import MeshConfig
+from qwq_jax.config.sampling import SamplingParams
 from qwq_jax.engine.engine import Engine
+from qwq_jax.engine.request import Request
 from qwq_jax.interrupt import Interrupted
 from qwq_jax.jobs import generate as job
+from qwq_jax.jobs.answer import with_special_stops
 from qwq_jax.jobs.batch_file import result_number
+from qwq_jax.jobs.convert import convert
 from qwq_jax.jobs.generate import GenerateReport
 from qwq_jax.jobs.result_file import ResultFile
+from tests.checkpoint.sources import read_tensors
 from tests.jobs.tiny_checkpoint import END, make_checkpoint
 
 ENGINE = EngineConfig(
@@ -129,6 +137,47 @@ def test_stop_strings_cut_the_text_at_the_token_they_appear(
     assert cut["token_ids"] == tokens[: len(cut["token_ids"])]
     assert tokenizer.decode(cut["token_ids"]).endswith(stop)
     assert stop not in tokenizer.decode(cut["token_ids"][:-1])
+
+
+def test_stop_strings_that_are_special_tokens_are_stop_tokens(
+    checkpoint: str, tokenizer: ChatTokenizer, tmp_path: Path
+) -> None:
+    params = SamplingParams(stop=("a", "<|im_end|>", "</think>"), stop_token_ids=(7,))
+    assert with_special_stops(params, tokenizer) == params.model_copy(
+        update={"stop": ("a", "</think>"), "stop_token_ids": (7, END)}
+    )
+    requests: list[Request] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "check", lambda self, request: requests.append(request))
+        answers = run(checkpoint, tmp_path, [ask("x", stop="<|im_end|>"), ask("x", stop=["Done<|im_end|>"])])
+    assert requests[0].params.stop_token_ids == (END,) and not requests[0].params.stop
+    assert answers[0]["error"] is None
+    assert answers[1]["error"]["message"] == (
+        "line 2: stop: 'Done<|im_end|>' holds the special token '<|im_end|>', which has to be a stop of its own"
+    )
+
+
+def test_a_logprob_that_is_no_number_is_the_error_of_its_line(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    tensors = read_tensors(tmp_path / "source-0")
+    tensors["lm_head.weight"][70] = np.nan
+    save_file(tensors, tmp_path / "source-0" / "model.safetensors")
+    convert(str(tmp_path / "source-0"), str(tmp_path / "nan"), allow_nan=True)
+    requests = [ask("a", logprobs=True, n=3), ask("b"), ask("c", logprobs=True, top_logprobs=2, max_tokens=1)]
+    answers = run(str(tmp_path / "nan"), tmp_path / "run", requests)
+    assert [answer["error"] is None for answer in answers] == [False, True, False]
+    for number in (0, 2):
+        message = answers[number]["error"]["message"]
+        assert re.fullmatch(rf"line {number + 1}: the model gave token \d+ the log-probability nan", message)
+
+
+def test_what_is_answered_is_synced_after_every_step(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(ResultFile, "sync_if_due", lambda self: calls.append(len(self.done)))
+    run(checkpoint, tmp_path, [ask("a", max_tokens=1), ask("b", max_tokens=30, ignore_eos=True)])
+    assert calls.count(1) > 20, "also while nothing is appended"
 
 
 def test_samples_logprobs_and_seeds(checkpoint: str, tokenizer: ChatTokenizer, tmp_path: Path) -> None:

@@ -148,3 +148,19 @@ def test_lines_are_synced_once_a_second_and_at_the_end(tmp_path: Path, monkeypat
         before = len(synced)
         results.append(line(31))
     assert len(synced) == before + 1
+
+
+def test_a_line_waits_no_longer_than_a_second_though_none_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    now = 0.0
+    with ResultFile(tmp_path / "out.jsonl", ORIGIN, clock=lambda: now) as results:
+        monkeypatch.setattr(result_file.os, "fsync", synced.append)
+        results.append(line(1))
+        results.sync_if_due()
+        assert not synced
+        now += 1.0
+        results.sync_if_due()
+        results.sync_if_due()
+        assert len(synced) == 1
