@@ -24,6 +24,19 @@ THINK_OPEN = "<think>"
 THINK_CLOSE = "</think>"
 # The names that thoughts are passed under; templates read the first.
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+# What the code of a template may end in.
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    RecursionError,
+    MemoryError,
+)
+
+_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 
 Message = Mapping[str, Any]
 
@@ -55,8 +68,9 @@ class ChatTokenizer:
             raise ValueError(f"{source}: only byte-level BPE tokenizers are supported")
         tokenizer = _load_tokenizer(source)
         config = _read_json(directory / "tokenizer_config.json")
-        _add_missing_tokens(tokenizer, config.get("added_tokens_decoder", {}))
-        special_tokens, template = _special_tokens(config), _template(directory, config)
+        _add_missing_tokens(tokenizer, config.get("added_tokens_decoder"), directory / "tokenizer_config.json")
+        special_tokens = _special_tokens(config, directory / "tokenizer_config.json")
+        template = _template(directory, config)
         if template is not None:
             try:
                 _compile(template)
@@ -118,8 +132,9 @@ class ChatTokenizer:
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
             )
-        except (jinja2.TemplateError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
-            raise ValueError(f"the chat template of {self.directory} refused the messages: {error}") from error
+        except _TEMPLATE_ERRORS as error:
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"the chat template of {self.directory} refused the messages: {reason}") from error
 
     @functools.cached_property
     def _token_bytes(self) -> dict[int, bytes]:
@@ -357,7 +372,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a JSON object is needed")
@@ -375,19 +390,28 @@ def _template(directory: Path, config: Mapping[str, Any]) -> str | None:
     """chat_template.jinja, else the template in tokenizer_config.json (of several named ones, the default)."""
     file = directory / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: not UTF-8 text: {error}") from None
+    where, template = directory / "tokenizer_config.json", config.get("chat_template")
     if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if not all(isinstance(entry, dict) and {"name", "template"} <= entry.keys() for entry in template):
+            raise ValueError(f"{where}: chat_template: each of several needs a name and a template")
+        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    if not isinstance(template, str | None):
+        raise ValueError(f"{where}: chat_template: a text is needed, not {template!r}")
     return template
 
 
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+def _special_tokens(config: Mapping[str, Any], where: Path) -> dict[str, str]:
     """The named special tokens that templates may use, such as ``bos_token``."""
     found = {}
     for name in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
         token = config.get(name)
         content = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(content, str | None):
+            raise ValueError(f"{where}: {name}: a text is needed, not {content!r}")
         if content is not None:
             found[name] = content
     return found
@@ -395,27 +419,57 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _eos_token_ids(directory: Path, tokenizer: Tokenizer, special_tokens: Mapping[str, str]) -> tuple[int, ...]:
     """The ids of generation_config.json in its order, then the tokenizer's own end token."""
-    listed = _read_json(directory / "generation_config.json").get("eos_token_id")
-    ids = [listed] if isinstance(listed, int) else list(listed or ())
+    where = directory / "generation_config.json"
+    listed = _read_json(where).get("eos_token_id")
+    ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    strange = next((id for id in ids if type(id) is not int or id < 0), None)
+    if strange is not None:
+        raise ValueError(f"{where}: eos_token_id: {strange!r} is not a token id")
     own = tokenizer.token_to_id(special_tokens["eos_token"]) if "eos_token" in special_tokens else None
     return tuple(dict.fromkeys([*ids, *([] if own is None else [own])]))
 
 
-def _add_missing_tokens(tokenizer: Tokenizer, listed: Mapping[str, Mapping[str, Any]]) -> None:
+def _add_missing_tokens(tokenizer: Tokenizer, listed: Any, where: Path) -> None:
     """Tokens that only tokenizer_config.json knows; they must land on the ids it gives them."""
     known = tokenizer.get_added_tokens_decoder()
-    for id, entry in sorted((int(id), entry) for id, entry in listed.items() if int(id) not in known):
-        flags = {name: entry[name] for name in ("single_word", "lstrip", "rstrip", "normalized") if name in entry}
+    for id, entry in sorted(_listed_tokens(listed, where).items()):
+        if id in known:
+            continue
+        flags = {name: entry[name] for name in _TOKEN_FLAGS if name in entry}
         token = AddedToken(entry["content"], special=entry.get("special", False), **flags)
         tokenizer.add_special_tokens([token]) if token.special else tokenizer.add_tokens([token])
         if tokenizer.token_to_id(token.content) != id:
-            raise ValueError(f"tokenizer_config.json: added token {token.content!r} cannot have the id {id}")
+            raise ValueError(f"{where}: added token {token.content!r} cannot have the id {id}")
+
+
+def _listed_tokens(listed: Any, where: Path) -> dict[int, Mapping[str, Any]]:
+    """``added_tokens_decoder``, checked."""
+    if listed is None:
+        return {}
+    if not isinstance(listed, dict):
+        raise ValueError(f"{where}: added_tokens_decoder: an object is needed, not {listed!r}")
+    for id, entry in listed.items():
+        if not id.isdecimal():
+            raise ValueError(f"{where}: added_tokens_decoder: {id!r} is not a token id")
+        if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
+            raise ValueError(f"{where}: added_tokens_decoder.{id}: an object with a content is needed, not {entry!r}")
+        strange = next(
+            (flag for flag in (*_TOKEN_FLAGS, "special") if not isinstance(entry.get(flag, True), bool)), None
+        )
+        if strange is not None:
+            raise ValueError(f"{where}: added_tokens_decoder.{id}.{strange}: {entry[strange]!r} is not true or false")
+    return {int(id): entry for id, entry in listed.items()}
 
 
 def _is_byte_level(content: Mapping[str, Any]) -> bool:
-    model, decoder = content.get("model") or {}, content.get("decoder") or {}
-    parts = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder]
-    return model.get("type") == "BPE" and [part.get("type") for part in parts] == ["ByteLevel"]
+    decoder = content.get("decoder")
+    if isinstance(decoder, dict) and decoder.get("type") == "Sequence" and isinstance(decoder.get("decoders"), list):
+        decoder = decoder["decoders"][0] if len(decoder["decoders"]) == 1 else None
+    return _type_of(content.get("model")) == "BPE" and _type_of(decoder) == "ByteLevel"
+
+
+def _type_of(part: Any) -> Any:
+    return part.get("type") if isinstance(part, dict) else None
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -1,6 +1,7 @@
 """The tokenizer against transformers: ids, streaming and the family's chat template."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -288,7 +289,12 @@ def test_malformed_parts_of_a_message_are_named(ours, field, value, sentence):
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ messages[0].content + 5 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"]
+    "template",
+    [
+        "{{ messages[0].content + 5 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ messages[0].content * 10**17 }}",
+    ],
 )
 def test_whatever_a_template_trips_over_is_a_sentence(editable, template):
     (editable / "chat_template.jinja").write_text(template)
@@ -299,6 +305,72 @@ def test_whatever_a_template_trips_over_is_a_sentence(editable, template):
 def test_a_broken_template_is_named_at_once(editable):
     (editable / "chat_template.jinja").write_text("{% if messages %}\n{% iff %}")
     with pytest.raises(ValueError, match="tokenizer: line 2 of the chat template: "):
+        ChatTokenizer.from_directory(editable)
+
+
+MALFORMED = [None, 5, 1.5, -1, True, "", "x", [], [1.5], [[]], ["x"], [{}], [{"foo": 1}], {}, {"foo": 1}, {"5": []}]
+MALFORMED += [
+    {"type": "Sequence", "decoders": 5},
+    {"x": {}},
+    {"5": {}},
+    {"5": {"content": 3}},
+    {"999": {"content": "<new>", "special": "yes"}},
+]
+
+
+@pytest.mark.parametrize("value", MALFORMED, ids=repr)
+@pytest.mark.parametrize(
+    ("file", "field"),
+    [
+        ("tokenizer_config.json", "chat_template"),
+        ("tokenizer_config.json", "added_tokens_decoder"),
+        ("tokenizer_config.json", "eos_token"),
+        ("generation_config.json", "eos_token_id"),
+        ("tokenizer.json", "model"),
+        ("tokenizer.json", "decoder"),
+        ("tokenizer.json", "added_tokens"),
+    ],
+)
+def test_a_malformed_field_is_at_most_a_value_error_that_names_its_file(editable, file, field, value):
+    (editable / "chat_template.jinja").unlink()
+    path = editable / file
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {field: value}))
+    try:
+        ChatTokenizer.from_directory(editable).special_ids  # noqa: B018
+    except ValueError as error:
+        assert str(path) in str(error)
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value", "sentence"),
+    [
+        ("tokenizer_config.json", "chat_template", [{"foo": 1}], "chat_template: each of several needs a name and a"),
+        ("tokenizer_config.json", "chat_template", 5, "chat_template: a text is needed, not 5"),
+        ("tokenizer_config.json", "added_tokens_decoder", [1], "added_tokens_decoder: an object is needed"),
+        (
+            "tokenizer_config.json",
+            "added_tokens_decoder",
+            {"5": {}},
+            "added_tokens_decoder.5: an object with a content",
+        ),
+        ("tokenizer_config.json", "added_tokens_decoder", {"x": {}}, "added_tokens_decoder: 'x' is not a token id"),
+        ("tokenizer_config.json", "eos_token", 5, "eos_token: a text is needed, not 5"),
+        ("generation_config.json", "eos_token_id", 1.5, "eos_token_id: 1.5 is not a token id"),
+        ("tokenizer.json", "model", [1], "only byte-level BPE tokenizers are supported"),
+    ],
+)
+def test_a_malformed_field_is_told(editable, file, field, value, sentence):
+    (editable / "chat_template.jinja").unlink()
+    content = json.loads((editable / file).read_text())
+    (editable / file).write_text(json.dumps(content | {field: value}))
+    with pytest.raises(ValueError, match=f"{file}: {re.escape(sentence)}"):
+        ChatTokenizer.from_directory(editable)
+
+
+def test_a_template_that_is_no_text_is_named(editable):
+    (editable / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="chat_template.jinja: not UTF-8 text"):
         ChatTokenizer.from_directory(editable)
 
 

@@ -56,6 +56,8 @@ _YARN = frozenset(
     factor original_max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim truncate
     """.split()
 )
+# No width, position or factor comes near; sums and products below it are exact or finite.
+_TOO_LARGE = 2**63
 _ROPE = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 
 
@@ -206,6 +208,8 @@ def _rope_table(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
         raise ValueError(f"config.json: {path} {rope!r} is not an object")
     if set(rope) == {"full_attention"}:
         path, rope = f"{path}.full_attention", rope["full_attention"] or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"config.json: {path} {rope!r} is not an object")
     return path, rope
 
 
@@ -214,15 +218,14 @@ def _yarn(config: Mapping[str, Any], rope: Mapping[str, Any], path: str) -> dict
     # A field beside the table wins over the one in it, and the context length stands in for both.
     outer = config.get("original_max_position_embeddings")
     original = rope.get("original_max_position_embeddings", positions) if outer is None else outer
-    if isinstance(original, bool) or not isinstance(original, int) or original < 1:
+    if isinstance(original, bool) or not isinstance(original, int) or not 1 <= original < _TOO_LARGE:
         raise ValueError(f"config.json: {path}.original_max_position_embeddings {original!r} is not a positive integer")
     factor = _number(rope, "factor", positions / original, path)
     attention_factor = None
     if rope.get("attention_factor") is not None:
         attention_factor = _number(rope, "attention_factor", path=path)
     elif rope.get("mscale") and rope.get("mscale_all_dim"):
-        numerator = default_attention_factor(factor, _number(rope, "mscale", path=path))
-        attention_factor = numerator / default_attention_factor(factor, _number(rope, "mscale_all_dim", path=path))
+        attention_factor = _scale(rope, "mscale", factor, path) / _scale(rope, "mscale_all_dim", factor, path)
     return {
         "factor": factor,
         "original_max_position_embeddings": original,
@@ -231,6 +234,13 @@ def _yarn(config: Mapping[str, Any], rope: Mapping[str, Any], path: str) -> dict
         "beta_slow": _number(rope, "beta_slow", 1.0, path) or 1.0,
         "truncate": _boolean(rope, "truncate", True, path),
     }
+
+
+def _scale(rope: Mapping[str, Any], name: str, factor: float, path: str) -> float:
+    multiplier = _number(rope, name, path=path)
+    if multiplier < 0:
+        raise ValueError(f"config.json: {path}.{name} {multiplier!r} is negative")
+    return default_attention_factor(factor, multiplier)
 
 
 def _special_tokens(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,6 +267,8 @@ def _integer(fields: Mapping[str, Any], name: str, default: int | None = None) -
     value = _present(fields, name, default)
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"config.json: {name} {value!r} is not an integer")
+    if abs(value) >= _TOO_LARGE:
+        raise ValueError(f"config.json: {name} is too large")
     return value
 
 
@@ -264,6 +276,8 @@ def _number(fields: Mapping[str, Any], name: str, default: float | None = None, 
     value = _present(fields, name, default, path)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"config.json: {_joined(path, name)} {value!r} is not a number")
+    if abs(value) >= _TOO_LARGE:
+        raise ValueError(f"config.json: {_joined(path, name)} is too large")
     return float(value)
 
 

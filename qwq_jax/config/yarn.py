@@ -20,7 +20,7 @@ class YarnConfig(Frozen):
         truncate: Round the ends of the ramp between the two to whole dimensions.
     """
 
-    factor: float = Field(ge=1.0)
+    factor: float = Field(ge=1.0, le=1e6)
     original_max_position_embeddings: PositiveInt
     attention_factor: PositiveFloat | None = None
     beta_fast: PositiveFloat = 32.0

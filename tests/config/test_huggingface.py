@@ -204,6 +204,14 @@ def test_kv_heads_null_means_one_for_each_query_head():
         ({"rope_scaling": YARN | {"rope_type": "yarn", "factor": 0.5}}, "yarn.factor"),
         ({"rope_scaling": YARN | {"rope_type": "yarn", "beta_fast": 1, "beta_slow": 2}}, "beta_fast"),
         ({"rope_scaling": 4}, "rope_scaling 4 is not an object"),
+        ({"rope_scaling": {"full_attention": 5}}, "rope_scaling.full_attention 5 is not an object"),
+        ({"rope_scaling": YARN | {"rope_type": "yarn", "factor": 1e308}}, "rope_scaling.factor is too large"),
+        ({"rope_scaling": YARN | {"rope_type": "yarn", "factor": 2e6}}, "yarn.factor"),
+        (
+            {"rope_scaling": YARN | {"rope_type": "yarn", "mscale": 1.0, "mscale_all_dim": -7.213475204444817}},
+            "negative",
+        ),
+        ({"max_position_embeddings": 10**400}, "max_position_embeddings is too large"),
         ({"rope_scaling": {"factor": 4.0}}, "rope_scaling.factor"),
         ({"rope_scaling": {"type": "yarn"}, "rope_parameters": {"rope_type": "default"}}, "both set"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
@@ -238,6 +246,23 @@ def test_refusals_name_the_field(fields, names):
     assert names in message
     assert message.startswith("config.json: ")
     assert "\n" not in message
+
+
+ODD = [None, True, 0, -1, 1.5, 1e308, float("nan"), float("inf"), 10**400, "x", "", [], [1.5], [[]], {}, {"a": 1}]
+
+
+@pytest.mark.parametrize(
+    "field", [*QWQ, *YARN, "rope_type", "mscale", "mscale_all_dim", "attention_factor", "head_dim"]
+)
+def test_only_a_value_error_escapes(field):
+    for value in ODD:
+        yarn = YARN | {"rope_type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0}
+        for table in ({field: value}, {"rope_scaling": yarn | {field: value}}, {"rope_scaling": {field: value}}):
+            try:
+                config = ModelConfig.from_huggingface(QWQ | table)
+                assert config.max_context > 0 and config.to_huggingface("float32")
+            except ValueError as error:
+                assert str(error).startswith("config.json: ") and "\n" not in str(error), table
 
 
 @pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"])
