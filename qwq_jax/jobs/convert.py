@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -33,6 +33,7 @@ from qwq_jax.checkpoint.manifest import TensorRecord
 from qwq_jax.checkpoint.names import EMBEDDING, TIED_HEAD, NamePair, check_leaves, match_tensors
 from qwq_jax.checkpoint.store import CheckpointWriter
 from qwq_jax.config.model import ModelConfig
+from qwq_jax.interrupt import Interrupted, StopRequested
 from qwq_jax.model.spec import ArraySpec, model_spec
 
 LOG = logging.getLogger(__name__)
@@ -85,16 +86,19 @@ def convert(
 
     Raises:
         ValueError: Bad input or a failing disk, in one sentence.
+        Interrupted: A signal asked to stop; finished tensors are saved.
     """
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype {dtype!r} should be one of {', '.join(_DTYPES)}")
-    with sole_writer(dest):
-        report = _convert(source, dest, dtype=dtype, allow_nan=allow_nan, low_disk=low_disk)
+    with sole_writer(dest), StopRequested() as stop:
+        report = _convert(source, dest, dtype=dtype, allow_nan=allow_nan, low_disk=low_disk, stop=stop)
     print(f"{dest}: {report.sentence}")
     return report
 
 
-def _convert(source: str, dest: str, *, dtype: str | None, allow_nan: bool, low_disk: bool) -> ConvertReport:
+def _convert(
+    source: str, dest: str, *, dtype: str | None, allow_nan: bool, low_disk: bool, stop: StopRequested
+) -> ConvertReport:
     started = time.monotonic()
     with explained(f"cannot read {source}"):
         opened = open_source(source, low_disk=low_disk)
@@ -117,7 +121,9 @@ def _convert(source: str, dest: str, *, dtype: str | None, allow_nan: bool, low_
         _release(opened, but={info.file for _, info in todo})
         with progress_bar() as progress:
             task = progress.add_task("converting", total=total)
-            _Pipeline(opened, writer, allow_nan=allow_nan, progress=progress, task=task).run(todo)
+            _Pipeline(opened, writer, allow_nan=allow_nan, progress=progress, task=task).run(todo, stop)
+        if len(writer.finished) < len(spec):
+            raise Interrupted(f"{len(writer.finished)} of {len(spec)} tensors are in {dest}; the same command goes on")
         with explained(f"cannot read {source}"):
             files = {name: opened.directory.read(name) for name in opened.companions}
         writer.commit(config, files)
@@ -245,12 +251,14 @@ class _Pipeline:
         largest = max(tensor.nbytes for tensor in source.tensors.values())
         self._buffers = BufferPool(2 * largest)
 
-    def run(self, todo: list[tuple[NamePair, TensorInfo]]) -> None:
-        """Converts these tensors, given in the order of their files."""
+    def run(self, todo: list[tuple[NamePair, TensorInfo]], stop: Callable[[], bool]) -> None:
+        """Converts these tensors, given in the order of their files, or those begun before `stop` says so."""
         last = {info.file: index for index, (_, info) in enumerate(todo)}
         pending: list[Future[None]] = []
         with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(WRITERS) as writers:
             for index, (row, info) in enumerate(todo):
+                if stop():
+                    break
                 buffer = self._buffers.borrow(info.nbytes)
                 if buffer is None:
                     break

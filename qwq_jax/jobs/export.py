@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from qwq_jax.checkpoint.directory import TEMPORARY, Directory, LocalDirectory, e
 from qwq_jax.checkpoint.huggingface import INDEX, TensorPlan, header_bytes, index_json, plan_shards, write_bytes
 from qwq_jax.checkpoint.names import NamePair, name_table
 from qwq_jax.checkpoint.store import Checkpoint, open_checkpoint, read_param
+from qwq_jax.interrupt import Interrupted, StopRequested
 from qwq_jax.jobs.convert import progress_bar
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -72,16 +73,17 @@ def export(checkpoint: str, dest: str, *, max_shard_bytes: int = MAX_SHARD_BYTES
 
     Raises:
         ValueError: Bad input, a failing disk, or a tensor that does not have the bytes it once had.
+        Interrupted: A signal asked to stop; finished files are saved.
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes {max_shard_bytes} should be positive")
-    with sole_writer(dest):
-        report = _export(checkpoint, dest, max_shard_bytes)
+    with sole_writer(dest), StopRequested() as stop:
+        report = _export(checkpoint, dest, max_shard_bytes, stop)
     print(f"{dest}: {report.sentence}")
     return report
 
 
-def _export(checkpoint: str, dest: str, max_shard_bytes: int) -> ExportReport:
+def _export(checkpoint: str, dest: str, max_shard_bytes: int, stop: StopRequested) -> ExportReport:
     started = time.monotonic()
     opened = open_checkpoint(checkpoint)
     rows = {row.source: row for row in name_table(opened.config)}
@@ -95,7 +97,7 @@ def _export(checkpoint: str, dest: str, max_shard_bytes: int) -> ExportReport:
         nbytes = sum(tensor.nbytes for shard in todo.values() for tensor in shard)
         try:
             _check_space(directory, nbytes)
-            verified = _write_shards(opened, rows, directory, todo)
+            verified = _write_shards(opened, rows, directory, todo, stop)
             _finish(opened, directory, shards, dest)
         except (ValueError, OSError):
             if not any(name in shards for name in directory.children()):
@@ -157,15 +159,22 @@ def _companions(checkpoint: Checkpoint, shards: Mapping[str, list[TensorPlan]]) 
 
 
 def _write_shards(
-    checkpoint: Checkpoint, rows: Mapping[str, NamePair], directory: Directory, todo: Mapping[str, list[TensorPlan]]
+    checkpoint: Checkpoint,
+    rows: Mapping[str, NamePair],
+    directory: Directory,
+    todo: Mapping[str, list[TensorPlan]],
+    stop: StopRequested,
 ) -> int:
     """Writes the missing weight files; returns how many tensors were verified."""
     total = sum(tensor.nbytes for shard in todo.values() for tensor in shard)
     with progress_bar() as progress, ThreadPoolExecutor(1) as reader:
         job = _Writer(checkpoint, rows, reader, progress, progress.add_task("exporting", total=total))
-        for name, shard in todo.items():
+        for done, (name, shard) in enumerate(todo.items()):
             with directory.create(name) as file:
-                job.write_shard(file, shard)
+                if not job.write_shard(file, shard, stop):
+                    raise Interrupted(
+                        f"{done} of {len(todo)} missing files are in {directory.path}; the same command goes on"
+                    )
     return job.verified
 
 
@@ -242,16 +251,19 @@ class _Writer:
         self._buffers = BufferPool(2 * largest)
         self.verified = 0
 
-    def write_shard(self, file: BinaryIO, shard: list[TensorPlan]) -> None:
-        """Writes one safetensors file."""
+    def write_shard(self, file: BinaryIO, shard: list[TensorPlan], stop: Callable[[], bool]) -> bool:
+        """Writes one safetensors file; false if `stop`, asked before each tensor, kept it from being whole."""
         file.write(header_bytes(shard))
         ahead = self._reader.submit(self._read, shard[0])
         for index, plan in enumerate(shard):
             buffer = ahead.result()
+            if stop():
+                return False
             if index + 1 < len(shard):
                 ahead = self._reader.submit(self._read, shard[index + 1])
             self._write(file, plan, buffer)
             self._buffers.give_back(buffer)
+        return True
 
     def _read(self, plan: TensorPlan) -> np.ndarray:
         row = self._rows[plan.name]

@@ -1,15 +1,20 @@
 """A conversion killed anywhere goes on with the same command, and writes nothing twice."""
 
 import json
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from qwq_jax.__main__ import main
 from qwq_jax.checkpoint import open_checkpoint
 from qwq_jax.jobs import convert as convert_job
+from qwq_jax.jobs import export as export_job
 from qwq_jax.jobs.convert import convert
 from qwq_jax.jobs.export import export
 from tests.checkpoint.sources import make_source, read_tensors, tree_bytes
@@ -121,3 +126,52 @@ def test_export_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mon
     assert not (tmp_path / "back.exporting").exists()
     shutil.copytree(dest, tmp_path / "copy")
     assert read_tensors(tmp_path / "copy").keys() == read_tensors(source).keys()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_conversion_between_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    source = make_source(tmp_path / "hf", num_layers=6)
+    convert(str(source), str(tmp_path / "calm"))
+    write = convert_job.CheckpointWriter.write
+
+    def signalled(self, array, record):
+        write(self, array, record)
+        if len(self.finished) == 5:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_job.CheckpointWriter, "write", signalled)
+        assert main(["convert", str(source), str(tmp_path / "ours")]) == 42
+    said = capsys.readouterr().err.splitlines()[-1]
+    found = re.fullmatch(r"interrupted: (\d+) of 75 tensors are in .*/ours; the same command goes on", said)
+    assert found and 5 <= int(found[1]) < 75, said
+    assert not (tmp_path / "ours" / "COMMITTED").exists()
+    assert convert(str(source), str(tmp_path / "ours")).written == 75 - int(found[1])
+    assert tree_bytes(tmp_path / "ours") == tree_bytes(tmp_path / "calm")
+
+
+def test_a_signal_ends_an_export_between_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, ours, back = make_source(tmp_path / "hf"), str(tmp_path / "ours"), str(tmp_path / "back")
+    convert(str(source), ours)
+    monkeypatch.setattr(export_job.export, "__kwdefaults__", {"max_shard_bytes": 30_000})
+    write = export_job._Writer._write
+
+    def signalled(self, *arguments):
+        write(self, *arguments)
+        if self.verified == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export_job._Writer, "_write", signalled)
+        assert main(["export", ours, back]) == 42
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"interrupted: [1-9] of \d missing files are in .*/back.*; the same command goes on", said)
+    assert not Path(back).exists() and not list(tmp_path.rglob("*.tmp"))
+    assert main(["export", ours, back]) == 0
+    tensors, expected = read_tensors(Path(back)), read_tensors(source)
+    assert tensors.keys() == expected.keys()
+    assert all(tensors[name].tobytes() == expected[name].tobytes() for name in tensors)
