@@ -94,6 +94,7 @@ class SftConfig(Frozen):
             raise ValueError(f"model {self.model} is a preset without weights, so init must be 'random'")
         if self.model.endswith(".toml") and self.tokenizer is None:
             raise ValueError(f"model {self.model} is a preset without a tokenizer, so tokenizer must name a directory")
+        self._check_local()
         shards = self.mesh.data * self.mesh.fsdp
         if self.rows_per_step % (self.accumulation * shards):
             raise ValueError(
@@ -107,6 +108,15 @@ class SftConfig(Frozen):
         if self.optimizer.warmup_steps >= self.steps:
             raise ValueError(f"optimizer.warmup_steps {self.optimizer.warmup_steps} is not below steps {self.steps}")
         return self
+
+    def _check_local(self) -> None:
+        for name, paths in (
+            ("train_files", self.train_files),
+            ("eval_files", self.eval_files),
+            ("tokenizer", (self.tokenizer or "",)),
+        ):
+            if remote := next((path for path in paths if "://" in path), None):
+                raise ValueError(f"{name}: {remote} is not local, and only local files are read here; copy it first")
 
     @property
     def last_step(self) -> int:

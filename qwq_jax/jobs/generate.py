@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +79,10 @@ def generate(
         ValueError: The input, the output or the checkpoint cannot be used.
         Interrupted: A signal asked to stop; all that was answered is saved.
     """
+    for path in (input, output):
+        if re.match(r"\w+:/", str(path)):  # a Path has dropped one of two slashes
+            address = str(path).replace(":/", "://", 1)
+            raise ValueError(f"{address}: requests and answers have to be local files; copy to or from there")
     if not input.is_file():
         raise ValueError(f"{input}: {'is not a file' if input.exists() else 'no such file'}")
     if output.exists() and output.samefile(input):

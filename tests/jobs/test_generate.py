@@ -258,6 +258,12 @@ def test_bad_commands_are_one_sentence_and_exit_2(
 
     refused("no such file", checkpoint, tmp_path / "absent.jsonl", output)
     refused("is not a checkpoint", str(tmp_path), input, output)
+    refused(
+        "gs://bucket/in.jsonl: requests and answers have to be local", checkpoint, Path("gs://bucket/in.jsonl"), output
+    )
+    refused(
+        "gs://bucket/o.jsonl: requests and answers have to be local", checkpoint, input, Path("gs://bucket/o.jsonl")
+    )
     refused("is the input", checkpoint, input, input)
     refused("cannot write", checkpoint, input, tmp_path / "absent" / "out.jsonl")
     refused("needs 64 devices", checkpoint, input, output, "--set", "mesh.data=64")
