@@ -3,6 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 TINY := out/tiny-reasoner
+SHIPPED := qwq_jax/embedded/tiny-reasoner
 
 .PHONY: help demo test test-slow lint format bench install tiny-reasoner
 
@@ -54,5 +55,6 @@ tiny-reasoner: $(INSTALLED)
 		&& $(BIN)/python tools/make_tiny_reasoner_data.py $(TINY)/held_out.jsonl --count 512 --seed 2 --split held-out --levels 1 2 3 \
 		&& $(BIN)/python tools/make_tiny_tokenizer.py $(TINY)/tokenizer \
 		&& $(BIN)/qwq-jax sft configs/sft/tiny_reasoner.toml \
-		&& rm -rf qwq_jax/embedded/tiny-reasoner \
-		&& $(BIN)/qwq-jax export $$(ls -d $(TINY)/run/model-* | tail -n 1) qwq_jax/embedded/tiny-reasoner; })
+		&& rm -rf $(SHIPPED).new \
+		&& $(BIN)/qwq-jax export $$(ls -d $(TINY)/run/model-* | tail -n 1) $(SHIPPED).new \
+		&& rm -rf $(SHIPPED) && mv $(SHIPPED).new $(SHIPPED); })
