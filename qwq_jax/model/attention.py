@@ -9,10 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qwq_jax.kernels.attention import PagedLayer, RaggedRows, attention, paged_attention, token_slots
+from qwq_jax.kernels.attention import PagedLayer, RaggedRows, Target, attention, paged_attention, token_slots
 from qwq_jax.model.cache import CACHE_AXES
 from qwq_jax.model.layers import Attend
 from qwq_jax.sharding import Layout
+
+
+def target_of(layout: Layout) -> Target:
+    """What programs on this layout's mesh are compiled for; its devices may be described rather than present."""
+    device = layout.mesh.devices.flat[0]
+    return Target(device.platform, device.device_kind)
 
 
 def causal_attend(segment_ids: jax.Array | None, layout: Layout | None = None) -> Attend:
@@ -20,16 +26,25 @@ def causal_attend(segment_ids: jax.Array | None, layout: Layout | None = None) -
 
     Args:
         segment_ids: `[B, T]` int32, or None for one sequence a row.
-        layout: Pins q, k and v to batch and heads. None: a single device.
+        layout: The mesh: rows are shared out by its batch axes and heads by its tensor axis. None: a single CPU device.
     """
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        if layout is not None:
-            k, v = _share(layout, q, k), _share(layout, q, v)
-            q = layout.constrain(q, ("batch", None, "heads", None))
-            k = layout.constrain(k, ("batch", None, "kv_shared", None))
-            v = layout.constrain(v, ("batch", None, "kv_shared", None))
-        return attention(q, k, v, segment_ids, scale=q.shape[-1] ** -0.5), cache
+        scale = q.shape[-1] ** -0.5
+        if layout is None:
+            return attention(q, k, v, segment_ids, scale=scale), cache
+        target = target_of(layout)
+        heads, shared = (layout.spec(("batch", None, name, None)) for name in ("heads", "kv_shared"))
+        ids = () if segment_ids is None else (segment_ids,)
+        # Each device attends to its own rows and heads: a kernel call is opaque to the partitioner.
+        local = jax.shard_map(
+            lambda q, k, v, *ids: attention(q, k, v, *ids, scale=scale, target=target),
+            mesh=layout.mesh,
+            in_specs=(heads, shared, shared, *(layout.spec(("batch", None)) for _ in ids)),
+            out_specs=heads,
+            check_vma=False,  # kernels do not say over which axes their results vary
+        )
+        return local(q, _share(layout, q, k), _share(layout, q, v), *ids), cache
 
     return attend
 
@@ -63,16 +78,20 @@ def paged_attend(
         pool: Pages of a replica's pool, and tokens a page.
     """
     pages, page_size = pool
+    target = target_of(layout)
     slots = jax.vmap(lambda *a: token_slots(*a, page_size=page_size, pages=pages))
     rows = RaggedRows(batch.page_table, batch.kv_length, batch.query_start, slots(*batch))
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: PagedLayer) -> tuple[jax.Array, PagedLayer]:
         def local(q: jax.Array, k: jax.Array, v: jax.Array, cache: PagedLayer, rows: RaggedRows):
-            kernel = lambda *a: paged_attention(  # noqa: E731
-                *a, scale=q.shape[-1] ** -0.5, decode_rows=decode_rows, max_query=max_query
-            )
             # One replica a device, so vmap would only turn the kernel's branches into selects.
-            out, layer = kernel(*jax.tree.map(lambda x: x[0], (q, k, v, cache, rows)))
+            out, _, layer = paged_attention(
+                *jax.tree.map(lambda x: x[0], (q, k, v, cache, rows)),
+                scale=q.shape[-1] ** -0.5,
+                decode_rows=decode_rows,
+                max_query=max_query,
+                target=target,
+            )
             return jax.tree.map(lambda x: x[None], (out, layer))
 
         heads = layout.spec(("replica", None, "heads", None))
@@ -82,7 +101,7 @@ def paged_attend(
             mesh=layout.mesh,
             in_specs=(heads, shared, shared, layout.spec(CACHE_AXES), layout.spec(("replica",))),
             out_specs=(heads, layout.spec(CACHE_AXES)),
-            check_vma=False,  # the reference's scan starts from replicated zeros
+            check_vma=False,  # kernels do not say over which axes their results vary
         )
         return sharded(q, _share(layout, q, k), _share(layout, q, v), cache, rows)
 

@@ -1,5 +1,6 @@
 """The paged KV cache: one pool of pages a replica and layer."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,42 +9,68 @@ import jax
 import jax.numpy as jnp
 
 from qwq_jax.config.model import ModelConfig
-from qwq_jax.kernels.attention import PagedLayer
+from qwq_jax.kernels.attention import PagedLayer, is_quantized, scales_shape
 from qwq_jax.sharding import Axes, Layout
 
-CACHE_AXES: Axes = ("replica", "kv_shared", None, None, None)
+# Of both arrays of a layer: pages, what follows, and the head's width are never cut.
+CACHE_AXES: Axes = ("replica", "kv_shared", None, None, None, None)
+LANES = 128  # width of a TPU's registers, below which a head cannot be copied
 
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """Shape of a cache: every layer holds k and v of shape `[replicas, K', pages, page_size, H]`.
+    """Shape of a cache: every layer holds keys and values `[replicas, K', pages, 2, page_size, H']`.
 
-    K' is K, or more where kv heads are shared by tensor shards (`Layout.kv_copies`).
+    K' is K, or more where kv heads are shared by tensor shards (`Layout.kv_copies`). H' is the head dimension, on TPU
+    a multiple of 128. An 8-bit cache has float32 scales beside it, one a token, kv head, and key or value.
     """
 
     num_layers: int
-    shape: tuple[int, int, int, int, int]
+    shape: tuple[int, int, int, int, int, int]
     dtype: Any
+
+    @property
+    def scales(self) -> tuple[int, ...] | None:
+        """Shape of a layer's scales; None where there are none."""
+        return scales_shape(self.shape) if is_quantized(self.dtype) else None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all layers on all devices."""
-        size = jnp.dtype(self.dtype).itemsize
-        for extent in self.shape:
-            size *= extent
-        return 2 * self.num_layers * size
+        size = math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+        return self.num_layers * (size + (4 * math.prod(self.scales) if self.scales else 0))
 
 
 def cache_spec(
     config: ModelConfig, layout: Layout, *, replicas: int, pages: int, page_size: int, dtype: Any
 ) -> CacheSpec:
-    """The cache of this model on this layout."""
+    """The cache of this model on this layout.
+
+    Raises:
+        ValueError: Pages of this size cannot hold this dtype.
+    """
     heads = config.num_kv_heads * layout.kv_copies(config.num_heads, config.num_kv_heads)
-    return CacheSpec(config.num_layers, (replicas, heads, pages, page_size, config.head_dim), jnp.dtype(dtype))
+    on_tpu = layout.mesh.devices.flat[0].platform == "tpu"
+    width = -(-config.head_dim // LANES) * LANES if on_tpu else config.head_dim
+    spec = CacheSpec(config.num_layers, (replicas, heads, pages, 2, page_size, width), jnp.dtype(dtype))
+    assert spec.nbytes, "pages that cannot hold the dtype are refused here"
+    return spec
+
+
+def abstract_layer(spec: CacheSpec, layout: Layout) -> Any:
+    """A layer's arrays, described: a `PagedLayer` of `jax.ShapeDtypeStruct`."""
+
+    def describe(shape: tuple[int, ...], dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(CACHE_AXES, shape))
+
+    return PagedLayer(describe(spec.shape, spec.dtype), describe(spec.scales, jnp.float32) if spec.scales else None)
 
 
 def allocate_cache(spec: CacheSpec, layout: Layout) -> Sequence[PagedLayer]:
     """Zeroed pages, each device making its own part. One entry a layer."""
-    sharding = layout.sharding(CACHE_AXES, spec.shape)
-    zeros = jax.jit(lambda: jnp.zeros(spec.shape, spec.dtype), out_shardings=sharding)
-    return tuple(PagedLayer(zeros(), zeros()) for _ in range(spec.num_layers))
+    layer = abstract_layer(spec, layout)
+    zeros = jax.jit(
+        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), layer),
+        out_shardings=jax.tree.map(lambda x: x.sharding, layer),
+    )
+    return tuple(zeros() for _ in range(spec.num_layers))

@@ -1,17 +1,33 @@
-"""Attention over dense rows (`attention`) and over a paged cache (`paged_attention`).
+"""Attention over dense rows (`attention`) and over a paged cache (`paged_attention`): the kernels' one entry."""
 
-The page layout, one pool a layer: `k` and `v` are `[K, P, page, H]`, so that a page of one kv head is one contiguous
-`[page, H]` block. Row `b` of a ragged batch keeps its token at position `s` in page `page_table[b, s // page]`, slot
-`s % page`.
-"""
-
-from qwq_jax.kernels.attention.reference import (
-    PagedLayer,
-    RaggedRows,
-    append_to_pages,
+from qwq_jax.kernels.attention.dispatch import (
+    CPU,
+    Implementation,
+    Target,
     attention,
+    attention_with_lse,
     paged_attention,
+)
+from qwq_jax.kernels.attention.pages import (
+    PagedLayer,
+    PagedOutput,
+    RaggedRows,
+    is_quantized,
+    scales_shape,
     token_slots,
 )
 
-__all__ = ["PagedLayer", "RaggedRows", "append_to_pages", "attention", "paged_attention", "token_slots"]
+__all__ = [
+    "CPU",
+    "Implementation",
+    "PagedLayer",
+    "PagedOutput",
+    "RaggedRows",
+    "Target",
+    "attention",
+    "attention_with_lse",
+    "is_quantized",
+    "paged_attention",
+    "scales_shape",
+    "token_slots",
+]

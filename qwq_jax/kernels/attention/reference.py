@@ -4,41 +4,15 @@ Scores, softmax and the weighted sum are float32 whatever the dtype of the input
 bfloat16 loses the small probabilities that long reasoning lives on.
 """
 
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from qwq_jax.kernels.attention.pages import KEY, VALUE, PagedLayer, PagedOutput, RaggedRows, append_to_pages, widen
+
 # Finite, so that a row with no visible key gives 0 / 0 nowhere: such rows are zeroed instead.
 MASKED = -1e30
-
-
-class PagedLayer(NamedTuple):
-    """The cache of one layer.
-
-    Attributes:
-        k: `[K, P, page, H]` keys, rotated.
-        v: `[K, P, page, H]` values.
-    """
-
-    k: jax.Array
-    v: jax.Array
-
-
-class RaggedRows(NamedTuple):
-    """Which tokens of a flat batch belong to which row, and where each row's cache lies.
-
-    Attributes:
-        page_table: `[B, W]` int32, page ids of each row in order; entries past a row's length may be anything.
-        kv_length: `[B]` int32, tokens of the row in the cache once this step's tokens are in; 0 marks an empty row.
-        query_start: `[B+1]` int32, first flat token of each row; the tokens of row b are its last ones.
-        slots: `[T]` int32 from `token_slots`.
-    """
-
-    page_table: jax.Array
-    kv_length: jax.Array
-    query_start: jax.Array
-    slots: jax.Array
 
 
 def attention(
@@ -49,7 +23,7 @@ def attention(
     *,
     scale: float,
     block_q: int | None = None,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Causal grouped-query attention within segments.
 
     Args:
@@ -62,84 +36,63 @@ def attention(
             of a long row. Small blocks skip more of what lies above the diagonal; each is compiled on its own.
 
     Returns:
-        `[B, T, N, H]` in the dtype of q.
+        `[B, T, N, H]` in the dtype of q, and the natural logarithm of the softmax's denominator, `[B, N, T]` float32.
     """
     B, T, N, H = q.shape
     K = k.shape[2]
     size_q = block_q or max(64, -(-T // 32))
     q = q.reshape(B, T, K, N // K, H)
 
-    def block(start: int, size: int) -> jax.Array:
+    def block(start: int, size: int) -> tuple[jax.Array, jax.Array]:
         stop = start + size  # keys after the block's last query are above the diagonal: never read
         scores = jnp.einsum("btkgh,bskh->bkgts", q[:, start:stop], k[:, :stop], preferred_element_type=jnp.float32)
         visible = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
         visible = visible[None]
         if segment_ids is not None:
             visible &= segment_ids[:, start:stop, None] == segment_ids[:, None, :stop]
-        weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores * scale, MASKED), axis=-1)
-        return jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v[:, :stop], preferred_element_type=jnp.float32)
+        scores = jnp.where(visible[:, None, None], scores * scale, MASKED)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        out = jnp.einsum("bkgts,bskh->btkgh", weights, v[:, :stop], preferred_element_type=jnp.float32)
+        return out, jax.nn.logsumexp(scores, axis=-1)
 
-    blocks = [block(start, min(size_q, T - start)) for start in range(0, T, size_q)]
-    return jnp.concatenate(blocks, axis=1).reshape(B, T, N, H).astype(q.dtype)
-
-
-def token_slots(
-    page_table: jax.Array,
-    kv_length: jax.Array,
-    query_start: jax.Array,
-    positions: jax.Array,
-    *,
-    page_size: int,
-    pages: int,
-) -> jax.Array:
-    """Flat cache slot `page * page_size + offset` of every token of a flat batch.
-
-    Args:
-        page_table: `[B, W]` int32.
-        kv_length: `[B]` int32; tokens of rows of length 0 get no slot.
-        query_start: `[B+1]` int32.
-        positions: `[T]` int32, position of each token in its row.
-        page_size: Tokens a page.
-        pages: Pages of the pool.
-
-    Returns:
-        `[T]` int32; tokens that belong to no row get `pages * page_size`, which lies outside the pool.
-    """
-    flat = jnp.arange(positions.shape[0])
-    row = jnp.clip(jnp.searchsorted(query_start, flat, side="right") - 1, 0, kv_length.shape[0] - 1)
-    page = jnp.take_along_axis(page_table[row], (positions // page_size)[:, None], axis=1, mode="clip")[:, 0]
-    held = (flat < query_start[-1]) & (positions < kv_length[row])
-    return jnp.where(held, page * page_size + positions % page_size, pages * page_size).astype(jnp.int32)
-
-
-def append_to_pages(pages: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
-    """Writes `new [T, K, H]` into `pages [K, P, page, H]` at `slots [T]`; slots outside the pool are dropped."""
-    K, P, page, H = pages.shape
-    flat = pages.reshape(K, P * page, H)
-    flat = flat.at[:, slots].set(new.swapaxes(0, 1).astype(pages.dtype), mode="drop")
-    return flat.reshape(K, P, page, H)
+    outs, lses = zip(*(block(start, min(size_q, T - start)) for start in range(0, T, size_q)), strict=True)
+    out = jnp.concatenate(outs, axis=1).reshape(B, T, N, H).astype(q.dtype)
+    return out, jnp.concatenate(lses, axis=-1).reshape(B, N, T)
 
 
 def _attend_rows(
     q: jax.Array, layer: PagedLayer, page_table: jax.Array, kv_length: jax.Array, first: jax.Array, scale: float
-) -> jax.Array:
-    """Rows of equal query count: q `[B, T, N, H]`, query t of row b at position `first[b] + t`. Returns float32."""
+) -> tuple[jax.Array, jax.Array]:
+    """Rows of equal query count: q `[B, T, N, H]`, query t of row b at position `first[b] + t`.
+
+    Returns:
+        Output `[B, T, N, H]` and log-sum-exp `[B, T, N]`, float32.
+    """
     B, T, N, H = q.shape
-    K, _, page, _ = layer.k.shape
+    K, _, _, page, _ = layer.kv.shape
     S = page_table.shape[1] * page
-    gather = lambda pool: pool.at[:, page_table].get(mode="clip").reshape(K, B, S, H)  # noqa: E731
+
+    def gather(which: int) -> jax.Array:
+        pages = layer.kv.at[:, page_table, which].get(mode="clip").reshape(K, B, S, H)
+        if layer.scales is None:
+            return pages.astype(q.dtype)
+        scales = layer.scales.at[:, page_table, :, which].get(mode="clip").reshape(K, B, S, 1)
+        return (pages.astype(jnp.float32) * scales).astype(q.dtype)
+
     rows = q.reshape(B, T, K, N // K, H).transpose(2, 0, 1, 3, 4).reshape(K, B, T * (N // K), H)
-    scores = jnp.einsum("kbth,kbsh->kbts", rows, gather(layer.k), preferred_element_type=jnp.float32) * scale
+    scores = jnp.einsum("kbth,kbsh->kbts", rows, gather(KEY), preferred_element_type=jnp.float32) * scale
     scores = scores.reshape(K, B, T, N // K, S)
     key = jnp.arange(S)
     live = key[None] < kv_length[:, None]
     causal = key[None, None] <= first[:, None, None] + jnp.arange(T)[None, :, None]
     visible = (causal & live[:, None])[None, :, :, None]
-    weights = jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1).reshape(K, B, T * (N // K), S)
+    scores = jnp.where(visible, scores, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).reshape(K, B, T * (N // K), S)
     # Pages are reused and never cleared: what lies past a row's end may be NaN, and 0 x NaN is NaN.
-    values = jnp.where(live[None, :, :, None], gather(layer.v), 0)
+    values = jnp.where(live[None, :, :, None], gather(VALUE), 0)
     out = jnp.einsum("kbts,kbsh->kbth", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    return out.reshape(K, B, T, N // K, H).transpose(1, 2, 0, 3, 4).reshape(B, T, N, H)
+    lse = jax.nn.logsumexp(scores, axis=-1).transpose(1, 2, 0, 3).reshape(B, T, N)
+    return out.reshape(K, B, T, N // K, H).transpose(1, 2, 0, 3, 4).reshape(B, T, N, H), lse
 
 
 def paged_attention(
@@ -152,7 +105,7 @@ def paged_attention(
     scale: float,
     decode_rows: int,
     max_query: int,
-) -> tuple[jax.Array, PagedLayer]:
+) -> PagedOutput:
     """Appends a ragged batch's keys and values to the paged cache and attends to it.
 
     The first `decode_rows` rows have one token each, row b at flat position b; the rows after them have up to
@@ -162,38 +115,38 @@ def paged_attention(
         q: `[T, N, H]` queries of the flat batch.
         k: `[T, K, H]` new keys.
         v: `[T, K, H]` new values.
-        layer: Cache of this layer.
+        layer: Cache of this layer; its heads may be wider than H.
         rows: Layout of the batch; B rows.
         scale: Factor on the scores.
         decode_rows: Static number of single-token rows.
         max_query: Static bound on the tokens of any other row; 0 where there are none.
-
-    Returns:
-        `[T, N, H]` in the dtype of q (zero or arbitrary but finite where a token belongs to no row), and the cache.
     """
-    T = q.shape[0]
-    layer = PagedLayer(append_to_pages(layer.k, k, rows.slots), append_to_pages(layer.v, v, rows.slots))
+    T, N, wanted = q.shape
+    q, k, v = (widen(x, layer.kv.shape[4]) for x in (q, k, v))
+    layer = append_to_pages(layer, k, v, rows.slots)
     table, length = rows.page_table, rows.kv_length
-    out = _attend_rows(
-        q[:decode_rows, None], layer, table[:decode_rows], length[:decode_rows], length[:decode_rows] - 1, scale
-    )[:, 0]
+    first = length[:decode_rows] - 1
+    out, lse = _attend_rows(q[:decode_rows, None], layer, table[:decode_rows], length[:decode_rows], first, scale)
+    out, lse = out[:, 0], lse[:, 0]
     if max_query == 0:
-        return out.astype(q.dtype), layer
-    out = jnp.concatenate([out, jnp.zeros((T - decode_rows, *out.shape[1:]), out.dtype)])
+        return PagedOutput(out[..., :wanted].astype(q.dtype), lse, layer)
+    fill = T - decode_rows
+    out, lse = jnp.pad(out, ((0, fill), (0, 0), (0, 0))), jnp.pad(lse, ((0, fill), (0, 0)))
     start, stop = rows.query_start[decode_rows:-1], rows.query_start[decode_rows + 1 :]
 
-    def one(carry: jax.Array, row: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+    def one(carry: tuple[jax.Array, jax.Array], row: tuple[jax.Array, ...]) -> tuple[Any, None]:
         table_row, length_row, begin, end = row
 
-        def work(out: jax.Array) -> jax.Array:
+        def work(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             index = begin + jnp.arange(max_query)
             chunk = q.at[index].get(mode="fill", fill_value=0)
-            attended = _attend_rows(
-                chunk[None], layer, table_row[None], length_row[None], (length_row - (end - begin))[None], scale
-            )[0]
-            return out.at[jnp.where(index < end, index, T)].set(attended, mode="drop")
+            first = (length_row - (end - begin))[None]
+            new = _attend_rows(chunk[None], layer, table_row[None], length_row[None], first, scale)
+            place = jnp.where(index < end, index, T)
+            out, lse = (x.at[place].set(y[0], mode="drop") for x, y in zip(carry, new, strict=True))
+            return out, lse
 
-        return jax.lax.cond(length_row > 0, work, lambda out: out, carry), None
+        return jax.lax.cond(length_row > 0, work, lambda carry: carry, carry), None
 
-    out, _ = jax.lax.scan(one, out, (table[decode_rows:], length[decode_rows:], start, stop))
-    return out.astype(q.dtype), layer
+    (out, lse), _ = jax.lax.scan(one, (out, lse), (table[decode_rows:], length[decode_rows:], start, stop))
+    return PagedOutput(out[..., :wanted].astype(q.dtype), lse, layer)

@@ -1,0 +1,194 @@
+"""Which implementation serves a call: the platform's own, or the one that was named.
+
+A named implementation that cannot serve a call raises; none ever stands in for another.
+"""
+
+import enum
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qwq_jax.kernels.attention import reference
+from qwq_jax.kernels.attention.blocks import MEGACORES, find_chip, tile_sizes
+from qwq_jax.kernels.attention.flash import LANES
+from qwq_jax.kernels.attention.flash_vjp import Options, flash_attention
+from qwq_jax.kernels.attention.paged_blocks import paged_sizes
+from qwq_jax.kernels.attention.pages import PagedLayer, PagedOutput, RaggedRows
+from qwq_jax.kernels.attention.ragged import ragged_attention
+
+
+class Implementation(enum.Enum):
+    """AUTO is PALLAS on TPU, CUDNN on GPU for 16-bit `attention` without a log-sum-exp, and REFERENCE elsewhere."""
+
+    AUTO = "auto"
+    REFERENCE = "reference"
+    PALLAS = "pallas"
+    CUDNN = "cudnn"
+
+
+class Target(NamedTuple):
+    """What the program is compiled for.
+
+    Attributes:
+        platform: As `jax.Device.platform`: "cpu", "gpu" or "tpu".
+        device_kind: As `jax.Device.device_kind`, such as "TPU v5 lite"; it chooses tile sizes.
+        interpret: For `pl.pallas_call`, where a TPU kernel is to run on a CPU.
+    """
+
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+    interpret: Any = False
+
+
+CPU = Target()
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None = None,
+    *,
+    scale: float,
+    target: Target = CPU,
+    implementation: Implementation = Implementation.AUTO,
+) -> jax.Array:
+    """Causal grouped-query attention within segments, of any length, differentiable; see `reference.attention`.
+
+    Args:
+        q: `[B, T, N, H]`.
+        k: `[B, T, K, H]`.
+        v: `[B, T, K, H]`.
+        segment_ids: `[B, T]` int32, or None for one segment a row.
+        scale: Factor on the scores before the softmax.
+        target: What is compiled for.
+        implementation: Which one.
+
+    Returns:
+        `[B, T, N, H]` in the dtype of q.
+
+    Raises:
+        ValueError: The named implementation cannot serve this call, or its tiles do not fit the chip.
+    """
+    chosen = _choose(implementation, target, q.dtype, {"gpu": Implementation.CUDNN})
+    if chosen is Implementation.CUDNN:
+        return _cudnn(q, k, v, segment_ids, scale, target)
+    return attention_with_lse(q, k, v, segment_ids, scale=scale, target=target, implementation=chosen)[0]
+
+
+def attention_with_lse(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None = None,
+    *,
+    scale: float,
+    target: Target = CPU,
+    implementation: Implementation = Implementation.AUTO,
+) -> tuple[jax.Array, jax.Array]:
+    """As `attention`, and the natural logarithm of the softmax's denominator, `[B, N, T]` float32."""
+    chosen = _choose(implementation, target, q.dtype, {})
+    if chosen is Implementation.REFERENCE:
+        return reference.attention(q, k, v, segment_ids, scale=scale)
+    if chosen is not Implementation.PALLAS:
+        raise ValueError(f"attention by {chosen.value} gives no log-sum-exp: use pallas or reference")
+    _need_tpu(target)
+    rows = q.shape[0] * k.shape[2]
+    # Rows and heads keep both cores busy; a single one is shared between them.
+    parts = 2 if find_chip(target.device_kind) in MEGACORES and rows == 1 else 1
+    shape = {"groups": q.shape[2] // k.shape[2], "length": q.shape[1], "head_dim": -(-q.shape[3] // LANES) * LANES}
+    forward = tile_sizes("forward", target.device_kind, **shape)._replace(parts=parts)
+    backward = tile_sizes("backward", target.device_kind, **shape)._replace(parts=parts)
+    return flash_attention(q, k, v, segment_ids, Options(scale, forward, backward, target.interpret))
+
+
+def paged_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    layer: PagedLayer,
+    rows: RaggedRows,
+    *,
+    scale: float,
+    decode_rows: int,
+    max_query: int,
+    target: Target = CPU,
+    implementation: Implementation = Implementation.AUTO,
+) -> PagedOutput:
+    """Appends a ragged batch to the paged cache and attends to it; see `reference.paged_attention`.
+
+    Args:
+        q: `[T, N, H]` queries of the flat batch.
+        k: `[T, K, H]` new keys.
+        v: `[T, K, H]` new values.
+        layer: Cache of this layer; its heads may be wider than H, and must be a multiple of 128 for the TPU kernel.
+        rows: Layout of the batch; B rows.
+        scale: Factor on the scores.
+        decode_rows: Static number of single-token rows, which come first.
+        max_query: Static bound on the tokens of any other row; 0 where there are none.
+        target: What is compiled for.
+        implementation: Which one.
+
+    Raises:
+        ValueError: The named implementation cannot serve this call, or its tiles do not fit the chip.
+    """
+    chosen = _choose(implementation, target, q.dtype, {})
+    if chosen is Implementation.REFERENCE:
+        return reference.paged_attention(
+            q, k, v, layer, rows, scale=scale, decode_rows=decode_rows, max_query=max_query
+        )
+    if chosen is not Implementation.PALLAS:
+        raise ValueError(f"{chosen.value} has no paged attention: use pallas or reference")
+    _need_tpu(target)
+    decode, prefill = paged_sizes(
+        target.device_kind,
+        groups=q.shape[1] // k.shape[1],
+        head_dim=layer.kv.shape[4],
+        page=layer.kv.shape[3],
+        dtype=layer.kv.dtype,
+        rows=max(rows.kv_length.shape[0], q.shape[0] // 32),
+        table_width=rows.page_table.shape[1],
+    )
+    return ragged_attention(
+        q,
+        k,
+        v,
+        layer,
+        rows,
+        scale=scale,
+        decode_rows=decode_rows,
+        max_query=max_query,
+        decode=decode,
+        prefill=prefill,
+        interpret=target.interpret,
+    )
+
+
+def _choose(
+    implementation: Implementation, target: Target, dtype: Any, others: dict[str, Implementation]
+) -> Implementation:
+    if implementation is not Implementation.AUTO:
+        return implementation
+    if target.platform == "tpu":
+        return Implementation.PALLAS
+    if jnp.dtype(dtype).itemsize == 2:
+        return others.get(target.platform, Implementation.REFERENCE)
+    return Implementation.REFERENCE
+
+
+def _need_tpu(target: Target) -> None:
+    if target.platform != "tpu":
+        raise ValueError(f"the Pallas kernels are for TPU, not for {target.platform}; use implementation reference")
+
+
+def _cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, scale: float, target: Target
+) -> jax.Array:
+    if target.platform != "gpu" or q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[3] > LANES:
+        raise ValueError(
+            f"cuDNN attention needs a GPU, 16-bit inputs and heads of at most {LANES}, not {target.platform}, "
+            f"{q.dtype} and {q.shape[3]}"
+        )
+    mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None])[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=True, implementation="cudnn")

@@ -1,0 +1,114 @@
+"""Tile sizes of the paged kernel: a table, where each row comes from, and a check of memory before anything compiles.
+
+The rows were chosen by the compiler's static schedule (`tools/kernel_schedule.py`); nothing was timed on a chip.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from qwq_jax.kernels.attention.blocks import MEGACORES, find_chip, vmem_limit
+from qwq_jax.kernels.attention.flash import LANES
+from qwq_jax.kernels.attention.pages import is_quantized, unit_tokens
+from qwq_jax.kernels.attention.stream import RING, PagedSizes
+
+SMEM_BYTES = 1 << 20
+# Tiles of a grid step: their queries and results come and go while the keys of others are read.
+GROUP = 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """One entry: chips by name, and the tiles found best for decode (one query a tile) and for chunks of prompts."""
+
+    chips: tuple[str, ...]
+    decode_block: int
+    prefill_block_q: int
+    prefill_block: int
+    origin: str
+
+
+TABLE = (
+    Row(
+        ("TPU v5 lite", "TPU v6", "TPU v5", "TPU7x"),
+        2048,
+        128,
+        1024,
+        "static schedule, 5 query heads a kv head, bf16, int8 and fp8, jax 0.10.2, libtpu 0.0.52",
+    ),
+    Row(("TPU v4",), 1024, 64, 512, "compiles within 16 MiB of VMEM"),
+)
+DEPTH = {"decode": 4, "prefill": 2}
+
+
+def paged_sizes(
+    device_kind: str, *, groups: int, head_dim: int, page: int, dtype: Any, rows: int, table_width: int
+) -> tuple[PagedSizes, PagedSizes]:
+    """Tiles for decode and for chunks of prompts.
+
+    Args:
+        device_kind: Of `jax.Device`.
+        groups: Query heads a kv head.
+        head_dim: Of the cache, a multiple of 128.
+        page: Tokens a page.
+        dtype: Of the cache.
+        rows: Tiles a call, local kv heads left out.
+        table_width: Pages of the longest row.
+
+    Raises:
+        ValueError: The chip is unknown, or pages, queries or lists do not fit; it names what would.
+    """
+    chip = find_chip(device_kind)
+    row = next(row for row in TABLE if chip in row.chips)
+    unit = unit_tokens(dtype)
+    if page % unit:
+        raise ValueError(
+            f"pages of {page} tokens do not fit the TPU kernel for a {jnp.dtype(dtype)} cache: use multiples of {unit}"
+        )
+    parts = 2 if chip in MEGACORES else 1
+    decode = PagedSizes(1, _whole_pages(row.decode_block, page, table_width), DEPTH["decode"], parts, min(GROUP, rows))
+    block_q, block = row.prefill_block_q, _whole_pages(row.prefill_block, page, table_width)
+    limit = vmem_limit(chip)
+    while block_q > 8 and vmem_bytes(PagedSizes(block_q, block, 2), groups, head_dim, dtype) > limit:
+        block_q //= 2
+    prefill = PagedSizes(block_q, block, DEPTH["prefill"], parts)
+    for name, sizes in (("decode", decode), ("prefill", prefill)):
+        needed = vmem_bytes(sizes, groups, head_dim, dtype)
+        if needed > limit:
+            raise ValueError(
+                f"paged attention ({name}) with {groups} query heads of {head_dim} a kv head and {page} tokens a page "
+                f"needs {needed >> 20} MiB of VMEM, and {chip} has {limit >> 20}: use pages of {page // 2} or less"
+            )
+    needed = smem_bytes(rows, table_width)
+    if needed > SMEM_BYTES:
+        raise ValueError(
+            f"{rows} rows of up to {table_width} pages need {needed >> 10} KiB of scalar memory, and a core has "
+            f"{SMEM_BYTES >> 10} KiB: use larger pages or at most {_most_rows(table_width)} rows"
+        )
+    return decode, prefill
+
+
+def _whole_pages(block: int, page: int, table_width: int) -> int:
+    """The multiple of a page nearest below `block`, no longer than the longest row, at least a page."""
+    return max(1, min(block // page, 1 << (table_width - 1).bit_length())) * page
+
+
+def vmem_bytes(sizes: PagedSizes, groups: int, head_dim: int, dtype: Any) -> int:
+    """Bytes of VMEM, estimated: buffers of blocks, queries and results twice, running state, scores."""
+    rows = max(8, groups * sizes.block_q)
+    token = 2 * (head_dim * jnp.dtype(dtype).itemsize + 4 * is_quantized(dtype))
+    buffers = sizes.depth * sizes.block_kv * token
+    tiles = 2 * sizes.group * rows * head_dim * (2 + 4) + 4 * rows * (2 * LANES + head_dim)
+    # Scores and probabilities, and the 8-bit block as bfloat16.
+    working = rows * sizes.block_kv * (4 + 4) + 4 * sizes.block_kv * head_dim * is_quantized(dtype)
+    return buffers + tiles + working
+
+
+def smem_bytes(rows: int, table_width: int) -> int:
+    """Bytes of scalar memory: the lists of tiles and the rows of page ids in use."""
+    return 4 * (8 * (rows + 1) + RING * LANES * (-(-table_width // LANES)))
+
+
+def _most_rows(table_width: int) -> int:
+    return (SMEM_BYTES - smem_bytes(0, table_width)) // 32
