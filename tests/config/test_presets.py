@@ -26,6 +26,25 @@ PARAMETERS = {
 }
 
 
+QWEN, DISTILL = (151_645, 151_643), (151_643,)
+# What the published config.json and generation_config.json say: rope_theta, rms_norm_eps, positions, tied, bos, ends.
+PUBLISHED = {
+    "qwq-32b": (1e6, 1e-5, 40_960, False, 151_643, QWEN),
+    "qwq-32b-preview": (1e6, 1e-5, 32_768, False, 151_643, QWEN),
+    "qwen2.5-0.5b": (1e6, 1e-6, 32_768, True, 151_643, QWEN),
+    "qwen2.5-1.5b": (1e6, 1e-6, 32_768, True, 151_643, QWEN),
+    "qwen2.5-3b": (1e6, 1e-6, 32_768, True, 151_643, QWEN),
+    "qwen2.5-7b": (1e6, 1e-6, 32_768, False, 151_643, QWEN),
+    "qwen2.5-14b": (1e6, 1e-6, 32_768, False, 151_643, QWEN),
+    "qwen2.5-32b": (1e6, 1e-6, 32_768, False, 151_643, QWEN),
+    "qwen2.5-72b": (1e6, 1e-6, 32_768, False, 151_643, QWEN),
+    "deepseek-r1-distill-qwen-1.5b": (1e4, 1e-6, 131_072, False, 151_646, DISTILL),
+    "deepseek-r1-distill-qwen-7b": (1e4, 1e-6, 131_072, False, 151_646, DISTILL),
+    "deepseek-r1-distill-qwen-14b": (1e6, 1e-5, 131_072, False, 151_646, DISTILL),
+    "deepseek-r1-distill-qwen-32b": (1e6, 1e-5, 131_072, False, 151_646, DISTILL),
+}
+
+
 def test_every_member_has_a_preset():
     # A preset of another family member, such as the tiny model, may stand beside them.
     assert set(PARAMETERS) <= {path.stem for path in DIRECTORY.glob("*.toml")}
@@ -35,6 +54,15 @@ def test_every_member_has_a_preset():
 def test_preset_has_the_published_size(name):
     config = load_toml(DIRECTORY / f"{name}.toml", ModelConfig)
     assert round(config.num_parameters / 1e9, 3) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_preset_says_what_was_published(name):
+    c = load_toml(DIRECTORY / f"{name}.toml", ModelConfig)
+    found = (c.rope_theta, c.rms_norm_eps, c.max_position_embeddings, c.tie_word_embeddings, c.bos_token_id)
+    assert (*found, c.eos_token_ids) == PUBLISHED[name]
+    assert c.qkv_bias and c.yarn is None and c.pad_token_id == 151_643
+    assert "nsure" not in (DIRECTORY / f"{name}.toml").read_text()
 
 
 @pytest.mark.parametrize("path", sorted(DIRECTORY.glob("*.toml")), ids=lambda path: path.stem)
