@@ -3,12 +3,17 @@
 import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 
 from qwq_jax.__main__ import app
+from qwq_jax.config.inference import InferenceConfig
+from qwq_jax.config.load import build, load_toml
+from qwq_jax.config.train import SftConfig
 from qwq_jax.jobs.batch_file import PromptLine, parse_line
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +33,28 @@ def test_there_are_commands():
     assert {"convert", "export", "generate", "chat", "sft"} <= verbs
 
 
+def build_settings(verb: str, given: dict[str, Any]) -> None:
+    """What the verb does with its settings before it loads anything."""
+    overrides = given.get("overrides") or ()
+    if verb == "sft":
+        load_toml(ROOT / given["config"], SftConfig, overrides)
+    elif "overrides" in given:
+        build(InferenceConfig, {}, overrides, source="settings")
+
+
+def test_a_mistyped_setting_is_noticed():
+    with pytest.raises(ValueError, match="mesh.tensr: unknown key"):
+        test_a_command_parses("qwq-jax generate ck --input i --output o --set mesh.tensr=8")
+    with pytest.raises(ValueError, match="optimizer.lr: unknown key"):
+        test_a_command_parses("qwq-jax sft configs/sft/qwq_32b_sft.toml --set optimizer.lr=1")
+
+
+def test_extras_exist():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = re.findall(r"pip install '\.\[([^]]+)\]'", TEXT)
+    assert named and {extra for each in named for extra in each.split(",")} <= extras.keys()
+
+
 @pytest.mark.parametrize("line", COMMANDS)
 def test_a_command_parses(line: str):
     program, verb, *arguments = shlex.split(line)
@@ -37,7 +64,7 @@ def test_a_command_parses(line: str):
     assert program == "qwq-jax"
     group = typer.main.get_command(app)
     command = group.commands[verb]  # type: ignore[attr-defined]
-    command.make_context(verb, list(arguments))
+    build_settings(verb, command.make_context(verb, list(arguments)).params)
     for argument in arguments:
         if argument.startswith(("configs/", "tools/")):
             assert (ROOT / argument).exists(), argument
@@ -49,6 +76,8 @@ def test_paths_exist():
     listing = next(block for block in blocks("") if block.startswith("qwq_jax/"))
     for name in re.findall(r"^  ([a-z_]+(?:/|\.py))", listing, re.MULTILINE):
         assert (ROOT / "qwq_jax" / name).exists(), name
+    rooms = {path.parent.name for path in (ROOT / "qwq_jax").glob("*/__init__.py")}
+    assert rooms <= set(re.findall(r"\b([a-z]+)/", listing))
 
 
 def test_the_request_line_is_understood():
