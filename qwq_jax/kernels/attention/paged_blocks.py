@@ -3,6 +3,8 @@
 The rows were chosen by the compiler's static schedule (`tools/kernel_schedule.py`); nothing was timed on a chip.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,20 +68,19 @@ def paged_sizes(
         raise ValueError(
             f"pages of {page} tokens do not fit the TPU kernel for a {jnp.dtype(dtype)} cache: use multiples of {unit}"
         )
-    parts = 2 if chip in MEGACORES else 1
-    decode = PagedSizes(1, _whole_pages(row.decode_block, page, table_width), DEPTH["decode"], parts, min(GROUP, rows))
-    block_q, block = row.prefill_block_q, _whole_pages(row.prefill_block, page, table_width)
-    limit = vmem_limit(chip)
-    while block_q > 8 and vmem_bytes(PagedSizes(block_q, block, 2), groups, head_dim, dtype) > limit:
-        block_q //= 2
-    prefill = PagedSizes(block_q, block, DEPTH["prefill"], parts)
-    for name, sizes in (("decode", decode), ("prefill", prefill)):
-        needed = vmem_bytes(sizes, groups, head_dim, dtype)
-        if needed > limit:
-            raise ValueError(
-                f"paged attention ({name}) with {groups} query heads of {head_dim} a kv head and {page} tokens a page "
-                f"needs {needed >> 20} MiB of VMEM, and {chip} has {limit >> 20}: use pages of {page // 2} or less"
-            )
+    limit, need = vmem_limit(chip), functools.partial(vmem_bytes, groups=groups, head_dim=head_dim, dtype=dtype)
+    decode, prefill = _tiles(row, chip, page, table_width, min(GROUP, rows), need)
+    if max(need(decode), need(prefill)) > limit:
+        smaller = page // 2
+        while (
+            smaller >= unit and max(map(need, _tiles(row, chip, smaller, table_width, min(GROUP, rows), need))) > limit
+        ):
+            smaller //= 2
+        advice = f"use pages of {smaller} or less" if smaller >= unit else "use fewer query heads a kv head"
+        raise ValueError(
+            f"paged attention with {groups} query heads of {head_dim} a kv head and {page} tokens a page needs "
+            f"{max(need(decode), need(prefill)) >> 20} MiB of VMEM, and {chip} has {limit >> 20}: {advice}"
+        )
     needed = smem_bytes(rows, table_width)
     if needed > SMEM_BYTES:
         raise ValueError(
@@ -89,12 +90,25 @@ def paged_sizes(
     return decode, prefill
 
 
+def _tiles(
+    row: Row, chip: str, page: int, table_width: int, group: int, need: Callable[[PagedSizes], int]
+) -> tuple[PagedSizes, PagedSizes]:
+    """The table's tiles for decode and prefill in whole pages; fewer queries a tile where many do not fit."""
+    parts = 2 if chip in MEGACORES else 1
+    decode = PagedSizes(1, _whole_pages(row.decode_block, page, table_width), DEPTH["decode"], parts, group)
+    block = _whole_pages(row.prefill_block, page, table_width)
+    prefill = PagedSizes(row.prefill_block_q, block, DEPTH["prefill"], parts)
+    while prefill.block_q > 8 and need(prefill) > vmem_limit(chip):
+        prefill = prefill._replace(block_q=prefill.block_q // 2)
+    return decode, prefill
+
+
 def _whole_pages(block: int, page: int, table_width: int) -> int:
     """The multiple of a page nearest below `block`, no longer than the longest row, at least a page."""
     return max(1, min(block // page, 1 << (table_width - 1).bit_length())) * page
 
 
-def vmem_bytes(sizes: PagedSizes, groups: int, head_dim: int, dtype: Any) -> int:
+def vmem_bytes(sizes: PagedSizes, *, groups: int, head_dim: int, dtype: Any) -> int:
     """Bytes of VMEM, estimated: buffers of blocks, queries and results twice, running state, scores."""
     rows = max(8, groups * sizes.block_q)
     token = 2 * (head_dim * jnp.dtype(dtype).itemsize + 4 * is_quantized(dtype))
