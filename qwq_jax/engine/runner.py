@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,9 @@ from qwq_jax.config.model import ModelConfig
 from qwq_jax.engine.pages import pages_for
 from qwq_jax.engine.step import MAX_TOP_LOGPROBS, EngineShape, StepPlan, StepResult
 from qwq_jax.model.attention import PagedBatch, paged_attend
-from qwq_jax.model.cache import allocate_cache, cache_spec
+from qwq_jax.model.cache import abstract_layer, allocate_cache, cache_spec
 from qwq_jax.model.params import Params, bind
+from qwq_jax.model.spec import model_spec
 from qwq_jax.sampling import Sampled, SamplingArrays, sample
 from qwq_jax.sharding import Layout
 
@@ -37,7 +38,7 @@ class DeviceRunner:
         self._layout = layout
         self._dtype = jnp.dtype(config.compute_dtype)
         self._cache: Any = allocate_cache(_cache_spec(model, layout, config, self.shape.num_pages), layout)
-        self._programs: dict[tuple[int, int, bool], Any] = {}
+        self._programs: dict[Bucket, Any] = {}
 
     @property
     def compiles(self) -> int:
@@ -47,41 +48,62 @@ class DeviceRunner:
     def step(self, plan: StepPlan) -> StepResult:
         """Carry out one step and wait for the tokens."""
         packed = jax.device_put(_pack(plan, self.shape), self._layout.sharding(("replica", None)))
-        bucket = (plan.prefill_tokens, plan.table_width, plan.want_top)
+        bucket = Bucket(plan.prefill_tokens, plan.table_width, plan.want_top)
         if bucket not in self._programs:
-            self._programs[bucket] = self._compile(packed, *bucket)
+            run = step_program(self._model, self._layout, self.shape, self._dtype, bucket)
+            self._programs[bucket] = run.lower(self._params, self._cache, packed).compile()
         self._cache, sampled = self._programs[bucket](self._params, self._cache, packed)
         tokens, logprobs, ids, top = jax.device_get(sampled)
         return StepResult(tokens, logprobs, ids, top) if plan.want_top else StepResult(tokens, logprobs)
 
-    def _compile(self, packed: jax.Array, prefill_tokens: int, table_width: int, want_top: bool) -> Any:
-        def run(params: Mapping[str, jax.Array], cache: Any, packed: jax.Array) -> tuple[Any, Sampled]:
-            return self._step(params, cache, packed, prefill_tokens, table_width, want_top)
 
-        return jax.jit(run, donate_argnums=1).lower(self._params, self._cache, packed).compile()
+class Bucket(NamedTuple):
+    """What chooses a compiled program: prompt tokens and pages a row, and whether top log-probs are wanted."""
 
-    def _step(
-        self,
-        params: Mapping[str, jax.Array],
-        cache: Any,
-        packed: jax.Array,
-        prefill_tokens: int,
-        table_width: int,
-        want_top: bool,
-    ) -> tuple[Any, Sampled]:
-        arrays = _unpack(packed, self.shape, prefill_tokens, table_width)
+    prefill_tokens: int
+    table_width: int
+    want_top: bool = False
+
+
+def step_program(model: ModelConfig, layout: Layout, shape: EngineShape, dtype: Any, bucket: Bucket) -> Any:
+    """The jitted step `(params, cache, packed) -> (cache, Sampled)`; the cache is donated."""
+
+    def run(params: Mapping[str, jax.Array], cache: Any, packed: jax.Array) -> tuple[Any, Sampled]:
+        arrays = _unpack(packed, shape, bucket.prefill_tokens, bucket.table_width)
         attend = paged_attend(
-            self._layout,
+            layout,
             PagedBatch(*(arrays[name] for name in PagedBatch._fields)),
-            decode_rows=self.shape.max_sequences,
-            max_query=prefill_tokens,
-            pool=(self.shape.num_pages, self.shape.page_size),
+            decode_rows=shape.max_sequences,
+            max_query=bucket.prefill_tokens,
+            pool=(shape.num_pages, shape.page_size),
         )
-        model = bind(self._model, params, dtype=self._dtype)
-        hidden, cache = model(arrays["tokens"], arrays["positions"], attend, cache)
+        decoder = bind(model, params, dtype=dtype)
+        hidden, cache = decoder(arrays["tokens"], arrays["positions"], attend, cache)
         last = jnp.take_along_axis(hidden, arrays["sample_index"][:, :, None], axis=1)
         sampling = SamplingArrays(**{name: arrays[name] for name in SamplingArrays._fields})
-        return cache, sample(model.logits(last), sampling, num_top=MAX_TOP_LOGPROBS if want_top else 0)
+        return cache, sample(decoder.logits(last), sampling, num_top=MAX_TOP_LOGPROBS if bucket.want_top else 0)
+
+    return jax.jit(run, donate_argnums=1)
+
+
+def lower_step(model: ModelConfig, layout: Layout, config: EngineConfig, bucket: Bucket) -> Any:
+    """The step of an engine that need not exist, on a mesh of devices that need not either, ready to `compile()`.
+
+    Args:
+        model: The architecture.
+        layout: The mesh; its devices may be those of a described TPU topology.
+        config: The engine; `num_pages` must be given.
+        bucket: Which of its programs; a table width of 0 is that of the longest context.
+    """
+    shape, dtype = engine_shape(model, layout, config), jnp.dtype(config.compute_dtype)
+    bucket = bucket._replace(table_width=bucket.table_width or shape.max_table_width)
+    describe = lambda x, axes: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.sharding(axes, x.shape))  # noqa: E731
+    params = {path: describe(array, array.axes) for path, array in model_spec(model, dtype).items()}
+    layer = abstract_layer(_cache_spec(model, layout, config, shape.num_pages), layout)
+    numbers = sum(math.prod(extent) for extent, _ in _fields(shape, *bucket[:2]).values())
+    packed = describe(jax.ShapeDtypeStruct((shape.replicas, numbers), jnp.int32), ("replica", None))
+    cache = (layer,) * model.num_layers
+    return step_program(model, layout, shape, dtype, bucket).lower(params, cache, packed)
 
 
 def engine_shape(model: ModelConfig, layout: Layout, config: EngineConfig) -> EngineShape:
