@@ -57,8 +57,8 @@ def log_to_stderr() -> None:
     handler.setFormatter(logging.Formatter(f"%(asctime)s{process} %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("qwq_jax").setLevel(logging.INFO)
-    # These print the traceback of an error that is raised besides.
-    for name in ("gcsfs", "asyncio"):
+    # Orbax, asyncio and gcsfs print the traceback of an error that is raised besides.
+    for name in ("absl", "asyncio", "gcsfs"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 

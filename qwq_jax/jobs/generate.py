@@ -79,14 +79,7 @@ def generate(
         ValueError: The input, the output or the checkpoint cannot be used.
         Interrupted: A signal asked to stop; all that was answered is saved.
     """
-    for path in (input, output):
-        if re.match(r"\w+:/", str(path)):  # a Path has dropped one of two slashes
-            address = str(path).replace(":/", "://", 1)
-            raise ValueError(f"{address}: requests and answers have to be local files; copy to or from there")
-    if not input.is_file():
-        raise ValueError(f"{input}: {'is not a file' if input.exists() else 'no such file'}")
-    if output.exists() and output.samefile(input):
-        raise ValueError(f"{output} is the input: choose another output")
+    _check_paths(input, output)
     opened = open_checkpoint(checkpoint)
     total = count_lines(input)
     origin = _origin(opened, input, engine, sampling, seed)
@@ -175,6 +168,17 @@ class _Batch:
         """What was done."""
         generated, compiles = self.engine.stats.generated_tokens, self.engine.runner.compiles
         return GenerateReport(requests, self.answered, self.errors, generated, tokens_per_second, compiles)
+
+
+def _check_paths(input: Path, output: Path) -> None:
+    for path in (input, output):
+        if re.match(r"\w+:/", str(path)):  # a Path has dropped one of two slashes
+            address = str(path).replace(":/", "://", 1)
+            raise ValueError(f"{address}: requests and answers have to be local files; copy to or from there")
+    if not input.is_file():
+        raise ValueError(f"{input}: {'is not a file' if input.exists() else 'no such file'}")
+    if output.exists() and output.samefile(input):
+        raise ValueError(f"{output} is the input: choose another output")
 
 
 def _origin(

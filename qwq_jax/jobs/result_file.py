@@ -98,7 +98,10 @@ class ResultFile:
     def sync(self) -> None:
         """Make what was appended durable."""
         if self._unsynced:
-            os.fsync(self._file)
+            try:
+                os.fsync(self._file)
+            except OSError as error:
+                raise ValueError(f"cannot write {self.path}: {error.strerror}") from None
             self._unsynced = False
         self._synced_at = self._clock()
 
@@ -168,9 +171,12 @@ class ResultFile:
                     f"choose another output, or remove it with {record.name}"
                 )
         elif begun_with != self._origin:
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, json.dumps(self._origin, indent=1).encode() + b"\n", 0)
-            os.fsync(self._lock)
+            try:
+                os.ftruncate(self._lock, 0)
+                os.pwrite(self._lock, json.dumps(self._origin, indent=1).encode() + b"\n", 0)
+                os.fsync(self._lock)
+            except OSError as error:
+                raise ValueError(f"cannot write {record}: {error.strerror}") from None
 
     def _recover(self) -> None:
         """Find the answered lines, and cut off a torn one."""

@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qwq_jax.chat import ChatTokenizer
-from qwq_jax.checkpoint.directory import open_directory, sole_writer
+from qwq_jax.checkpoint.directory import explained, open_directory, sole_writer
 from qwq_jax.checkpoint.store import MARKER, Checkpoint, open_checkpoint
 from qwq_jax.checkpoint.train_store import TrainStore
 from qwq_jax.config.load import load_toml
@@ -41,7 +41,7 @@ from qwq_jax.sft.stream import BatchStream, plan_steps
 from qwq_jax.sft.trainer import Intervals, Trainer, Work, newest_step
 from qwq_jax.sharding import Layout, make_mesh, train_layout
 from qwq_jax.train.batch import place_batch
-from qwq_jax.train.metrics import MetricsLog
+from qwq_jax.train.metrics import METRICS, MetricsLog
 from qwq_jax.train.optimizer import make_optimizer, make_schedule
 from qwq_jax.train.packing import PackedRows, fill_rows, plan_rows
 from qwq_jax.train.state import Params, TrainState, abstract_state, init_state
@@ -56,6 +56,10 @@ IDENTITY = {"model", "init", "sequence_length", "rows_per_step", "steps", "seed"
     "compute_dtype",
     "optimizer",
 }
+
+
+# Of these at least one is in the directory of a run that has begun.
+OUTPUTS = {"initial", "checkpoints", METRICS}
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ def train(config: SftConfig) -> SftReport:
     """The run from its start, or from where it stopped, to its end; `compute_dtype` is decided."""
     assert config.compute_dtype is not None
     layout = train_layout(make_mesh(config.mesh))
+    check_output(config.output_dir)
     output = epath.Path(config.output_dir)
     start = open_start(config)
     tokenizer = ChatTokenizer.from_directory(start.tokenizer_dir)
@@ -148,6 +153,7 @@ def train(config: SftConfig) -> SftReport:
     )
     intervals = Intervals(steps=config.last_step, eval_every=config.eval_every, save_every=config.save_every)
     with ExitStack() as resources:
+        resources.enter_context(explained(f"cannot write {output}"))
         log = resources.enter_context(MetricsLog(output, resume_step=step)) if jax.process_index() == 0 else None
         stop, progress = resources.enter_context(StopRequested()), resources.enter_context(progress_bar())
         trainer = Trainer(work, stream=stream, store=store, log=log, intervals=intervals, identity=identity)
@@ -156,6 +162,14 @@ def train(config: SftConfig) -> SftReport:
     if not outcome.finished:
         raise Interrupted(f"step {int(outcome.state.step)} is saved in {output}; the same command goes on from there")
     return finish(config, start, outcome.state, store=store, target=target)
+
+
+def check_output(directory: str) -> None:
+    """Raises a ValueError if the directory cannot be looked into, or holds something and nothing of a run."""
+    with explained(f"cannot write {directory}"):
+        children = open_directory(directory).children()
+    if children and children.isdisjoint(OUTPUTS):
+        raise ValueError(f"{directory} holds something else; give an empty or new directory")
 
 
 def open_start(config: SftConfig) -> Start:

@@ -4,9 +4,7 @@ import errno
 import json
 import os
 import re
-import resource
 import shutil
-import signal
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
@@ -20,6 +18,7 @@ from qwq_jax.checkpoint import directory as directory_module
 from qwq_jax.checkpoint import open_checkpoint
 from qwq_jax.checkpoint.directory import LocalDirectory, sole_writer
 from tests.checkpoint.sources import make_source, model_config, random_tensors, tree_bytes, write_source
+from tests.limits import file_size_limit
 
 INDEX = "model.safetensors.index.json"
 FIRST = "model-00001-of-00003.safetensors"
@@ -320,16 +319,19 @@ def test_disk_that_fills_up(
 def test_file_size_limit(tmp_path: Path, refused: Callable[..., str]) -> None:
     """The other way in which tensorstore and Python are told that no more bytes fit, without a mount."""
     source = str(make_source(tmp_path / "hf"))
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, before[1]))
-    try:
+    with file_size_limit(9_000):
         text = refused(source, dest=tmp_path / "limited")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, ignored)
     assert "cannot write" in text and "the file would be larger than the system allows" in text
     assert command_line.main(["convert", source, str(tmp_path / "limited")]) == 0
+
+
+def test_file_size_limit_of_an_export(tmp_path: Path, refused: Callable[..., str]) -> None:
+    ours = str(tmp_path / "ours")
+    assert command_line.main(["convert", str(make_source(tmp_path / "hf")), ours]) == 0
+    with file_size_limit(50_000):
+        text = refused(ours, verb="export")
+    assert "cannot write" in text and "the file would be larger than the system allows" in text
+    assert command_line.main(["export", ours, str(tmp_path / "dest")]) == 0
 
 
 def test_reason_names_every_cause() -> None:

@@ -29,6 +29,7 @@ from qwq_jax.jobs.generate import GenerateReport
 from qwq_jax.jobs.result_file import ResultFile
 from tests.checkpoint.sources import read_tensors
 from tests.jobs.tiny_checkpoint import END, make_checkpoint
+from tests.limits import file_size_limit
 
 ENGINE = EngineConfig(
     max_sequences=4, page_size=32, max_context=128, prefill_chunk=32, max_prefill_sequences=2, compute_dtype="float32"
@@ -275,6 +276,22 @@ def test_bad_commands_are_one_sentence_and_exit_2(
     foreign.write_text("mine\n")
     refused("move it away first", checkpoint, input, foreign)
     assert foreign.read_text() == "mine\n"
+
+
+def test_a_full_disk_exits_2_and_the_run_goes_on_when_there_is_room(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    input, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write_requests(input, [ask("a", max_tokens=1, custom_id=f"{number}" * 2000) for number in range(30)])
+    arguments = ["generate", checkpoint, "--input", str(input), "--output"]
+    settings = ["--set", "engine.max_context=64", "--set", "engine.max_sequences=2"]
+    assert command_line.main([*arguments, str(tmp_path / "whole.jsonl"), *settings]) == 0
+    with file_size_limit(50_000):
+        assert command_line.main([*arguments, str(output), *settings]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1] == f"error: cannot write {output}: File too large"
+    assert 10 < len(output.read_bytes().splitlines()) < 30
+    assert command_line.main([*arguments, str(output), *settings]) == 0
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_a_changed_input_checkpoint_or_type_is_refused(checkpoint: str, tmp_path: Path) -> None:

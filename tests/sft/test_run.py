@@ -1,5 +1,6 @@
 """The verb itself: a run killed and resumed is the run that was not, and bad input is one sentence."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from qwq_jax.checkpoint.store import open_checkpoint, read_param
 from qwq_jax.checkpoint.train_store import TrainStore
 from qwq_jax.jobs.export import export
 from qwq_jax.train.metrics import read_records
+from tests.limits import file_size_limit
 from tests.sft.chat_directory import THINKING, VOCABULARY, write_tokenizer
 
 MODEL = f"""
@@ -273,3 +275,56 @@ def test_bad_input_is_one_sentence_and_exit_2(recipe, whole, capsys, override, s
     error = capsys.readouterr().err
     assert sentence in error and "Traceback" not in error
     assert without_times(whole)[-1]["step"] == STEPS
+
+
+def refused(capsys, recipe, *overrides) -> str:
+    """Expects exit code 2 and returns the one sentence."""
+    capsys.readouterr()
+    assert main(["sft", str(recipe), *(part for o in overrides for part in ("--set", o))]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("{", "expected a JSON object"),
+        ('{"messages": [{"role": "wizard", "content": "x"}]}', "messages[0] has unknown role 'wizard'"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "the conversation ends with role 'user'"),
+    ],
+)
+def test_a_bad_line_exits_2_and_names_the_line(recipe, tmp_path, capsys, line, sentence):
+    good = (recipe.parent / "train.jsonl").read_text().splitlines()[0]
+    (tmp_path / "bad.jsonl").write_text(f"{good}\n{line}\n")
+    error = refused(capsys, recipe, f'train_files=["{tmp_path}/bad.jsonl"]', f"output_dir={tmp_path}/run")
+    assert error.startswith(f"error: {tmp_path}/bad.jsonl:2: ") and sentence in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_directory_that_cannot_be_used_is_named(recipe, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    error = refused(capsys, recipe, f"output_dir={tmp_path}")
+    assert error == f"error: {tmp_path} holds something else; give an empty or new directory"
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    error = refused(capsys, recipe, f"output_dir={tmp_path}/thesis.txt")
+    assert error == f"error: {tmp_path}/thesis.txt is a file, a directory was expected"
+    assert refused(capsys, recipe, "output_dir=/proc/run").startswith("error: cannot write /proc/run: ")
+
+
+def test_a_full_disk_exits_2_and_the_run_goes_on_when_there_is_room(recipe, whole, tmp_path, capsys):
+    output = tmp_path / "run"
+    with file_size_limit(100_000):
+        error = refused(capsys, recipe, f"output_dir={output}")
+    assert error.startswith(f"error: cannot write {output}/checkpoints/step_00000003: ")
+    assert main(["sft", str(recipe), "--set", f"output_dir={output}"]) == 0
+    assert_same_run(output, whole)
+
+
+def test_metrics_that_cannot_be_written_are_named(recipe, tmp_path, capsys, monkeypatch):
+    def full(self, step, values):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("qwq_jax.train.metrics.MetricsLog.write", full)
+    error = refused(capsys, recipe, f"output_dir={tmp_path}/run")
+    assert error == f"error: cannot write {tmp_path}/run: no space is left on the device"
