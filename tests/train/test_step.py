@@ -136,6 +136,21 @@ def test_the_mesh_does_not_change_gradients(tiny_config, params, segments, singl
     assert_same(gradients(tiny_config, params, pack(segments), mesh=mesh, accumulation=2), single, REORDERED)
 
 
+@pytest.mark.parametrize("mesh", [MeshConfig(tensor=8), MeshConfig(data=2, fsdp=2, tensor=2)], ids=["8", "2x2x2"])
+def test_a_vocabulary_that_the_tensor_axis_cuts_does_not_change_gradients(tiny_config, params, segments, mesh):
+    """257 words, one of which nobody says, are whole on every device; 256 are cut."""
+    config = tiny_config.model_copy(update={"vocab_size": 256, "eos_token_ids": (255,)})
+    cut = {name: x[tuple(slice(256 if n == 257 else n) for n in x.shape)] for name, x in params.items()}
+    shortened = [Segment(segment.tokens % 256, segment.trained) for segment in segments]
+    for name in ("embed.embedding", "head.kernel"):
+        assert stacked_shardings(config, train_layout(make_mesh(mesh)))[name].spec[0] == "tensor"
+    assert_same(
+        gradients(config, cut, pack(shortened), mesh=mesh, accumulation=2),
+        gradients(config, cut, pack(shortened)),
+        REORDERED,
+    )
+
+
 def test_chunks_of_logits_and_remat_do_not_change_gradients(tiny_config, params, segments, single):
     assert_same(gradients(tiny_config, params, pack(segments), chunk=16, remat=True), single, REORDERED)
 
