@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import IO, BinaryIO, Protocol
 
 import aiohttp
 import fsspec
@@ -116,19 +116,34 @@ def open_directory(path: str | os.PathLike[str]) -> Directory:
 def sole_writer(path: str) -> Iterator[None]:
     """Keeps other processes of this user and machine that write to the same directory out; death lets go.
 
-    The lock lies in the system's temporary directory: the destination stays as it is, and may be in a bucket.
+    The lock lies in the system's temporary directory: the destination stays as it is, and may be in a bucket. It is
+    deleted while it is held, so whoever gets hold of a deleted one tries again.
 
     Raises:
         ValueError: Another process holds it.
     """
     place = path.rstrip("/") if "://" in path else os.path.realpath(path)
     name = f"qwq-jax-{os.getuid()}-{hashlib.sha256(place.encode()).hexdigest()[:16]}.lock"
-    with open(os.path.join(tempfile.gettempdir(), name), "ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{path} is being written by another process") from None
-        yield
+    lock = Path(tempfile.gettempdir()) / name
+    while True:
+        with lock.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{path} is being written by another process") from None
+            if _is_file_at(file, lock):
+                try:
+                    yield
+                finally:
+                    lock.unlink(missing_ok=True)
+                return
+
+
+def _is_file_at(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

@@ -7,7 +7,11 @@ import re
 import shutil
 import struct
 import subprocess
+import tempfile
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -257,6 +261,28 @@ def test_a_destination_that_another_process_writes(tmp_path: Path, refused: Call
         assert command_line.main(["convert", source, ours]) == 0
         assert "dest is being written by another process" in refused(ours, verb="export")
     assert command_line.main(["export", ours, str(tmp_path / "dest")]) == 0
+
+
+def test_locks_are_deleted_and_keep_out_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    inside, most, turns = 0, 0, 0
+
+    def compete() -> None:
+        nonlocal inside, most, turns
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            with suppress(ValueError), sole_writer("dest"):
+                inside += 1
+                most = max(most, inside)
+                turns += 1
+                time.sleep(0.0001)
+                inside -= 1
+
+    with ThreadPoolExecutor(8) as pool:
+        for future in [pool.submit(compete) for _ in range(8)]:
+            future.result()
+    assert most == 1 and turns > 20
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unwritable_for_real(tmp_path: Path, refused: Callable[..., str]) -> None:
