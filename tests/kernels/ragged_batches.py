@@ -72,7 +72,7 @@ def make_batch(rng, decode, chunks, *, heads, page, H=16, max_query=24, dtype="f
     kv = np.full((K, P, 2, page, H), np.nan, np.float32)
     Bd, flat_size = len(decode), len(decode) + (max_query + gap) * len(chunks)
     q = rng.standard_normal((flat_size, N, H)).astype(np.float32)
-    new_kv = rng.standard_normal((2, flat_size, K, H)).astype(np.float32) * rng.uniform(0.1, 4, (2, flat_size, K, 1))
+    new_kv = rng.standard_normal((2, flat_size, K, H)).astype(np.float32) * rng.uniform(0.5, 2, (2, flat_size, K, 1))
     new_kv = held(new_kv.astype(np.float32), dtype)
     start, positions, expected, at = [], np.zeros(flat_size, np.int32), [], Bd
     for b, (before, new) in enumerate(rows):

@@ -16,9 +16,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from qwq_jax.kernels.attention.flash import LANES, LOG2_E, MASKED, START, dot, lanes, row_dot
 from qwq_jax.kernels.attention.pages import KEY, VALUE
-from qwq_jax.kernels.attention.stream import APPENDED, Memory, PagedSizes, Stream, div, rem
+from qwq_jax.kernels.attention.stream import APPENDED, ITEM, Memory, PagedSizes, Stream, div, rem
 from qwq_jax.kernels.attention.tiles import Tiles
 
+# Float8 products: how queries and probabilities are put into two terms.
+FLOAT8_MAX, TERM_STEP, TERM_ROWS = 448.0, 16.0, 32
 SMALLEST = 256  # keys of the smallest step over a block that is not full
 
 
@@ -60,7 +62,10 @@ class Softmax(NamedTuple):
         self.acc[...] = jnp.zeros_like(self.acc)
 
     def update(self, scores: jax.Array, values: jax.Array, value_scales: list[jax.Array] | None, factor: float) -> None:
-        """Takes in `scores [R, n]` and `values [n, H]`; the scales are one `[1, 128]` for each 128 keys."""
+        """Takes in `scores [R, n]` and `values [n, H]`; the scales are one `[1, 128]` for each 128 keys.
+
+        Values in float8 are multiplied as they are, by probabilities in two float8 terms.
+        """
         m, n = self.m[...], scores.shape[1]
         m_next = jnp.maximum(m, jnp.max(scores, axis=1, keepdims=True))
         alpha = jnp.exp2((m - m_next) * factor)
@@ -69,19 +74,48 @@ class Softmax(NamedTuple):
         self.total[...] = self.total[...] * alpha + functools.reduce(jnp.add, pieces)
         if value_scales is not None:
             pieces = [piece * scale for piece, scale in zip(pieces, value_scales, strict=True)]
-        p = jnp.concatenate(pieces, axis=1).astype(values.dtype)
-        self.acc[...] = self.acc[...] * lanes(alpha, self.acc.shape[1]) + dot(p, values)
+        before = self.acc[...] * lanes(alpha, self.acc.shape[1])
+        if values.dtype != jnp.float8_e4m3fn:
+            self.acc[...] = before + dot(jnp.concatenate(pieces, axis=1).astype(values.dtype), values)
+            return
+        assert value_scales is not None, "a float8 cache has scales"
+        # Probabilities are at most 1, so the largest scale is the largest of what is to be put into float8.
+        largest = jnp.max(functools.reduce(jnp.maximum, value_scales), axis=1, keepdims=True)
+        sums = dot(two_terms(jnp.concatenate([piece * (FLOAT8_MAX / largest) for piece in pieces], axis=1)), values)
+        self.acc[...] = before + join_terms(sums, m.shape[0]) * (largest / FLOAT8_MAX)
+
+
+def two_terms(x: jax.Array) -> jax.Array:
+    """`x [R, n]`, at most FLOAT8_MAX, as a sum of two float8_e4m3fn: `[32, n]`, the second term in rows R on, times 16.
+
+    The terms hold eight bits together, as bfloat16 does, and below 2^-6 what is a multiple of 2^-13.
+    """
+    high = x.astype(jnp.float8_e4m3fn).astype(jnp.float32)
+    rest = jnp.zeros((TERM_ROWS - 2 * x.shape[0], x.shape[1]), jnp.float32)
+    return jnp.concatenate([x, (x - high) * TERM_STEP, rest], axis=0).astype(jnp.float8_e4m3fn)
+
+
+def join_terms(products: jax.Array, rows: int) -> jax.Array:
+    """What the products `[32, n]` of two terms stand for: `[rows, n]`."""
+    return products[:rows] + products[rows : 2 * rows] * (1 / TERM_STEP)
 
 
 def _take_block(
-    stream: Stream, softmax: Softmax, q: jax.Array, slot: jax.Array, keys: int, factor: float, limits: Any
+    stream: Stream, softmax: Softmax, q: Any, slot: jax.Array, keys: int, *, factor: float, limits: Any = None
 ) -> None:
-    """One block, or its first `keys`; `limits` is None if all are visible, else the mask and how many there are."""
+    """One block, or its first `keys`; `limits` is None if all are visible, else the mask and how many there are.
+
+    `q` is `[R, H]`, or for products in float8 its two terms and their scale `[R, 128]`.
+    """
     memory, units = stream.memory, keys // stream.unit
     k, v = (memory.buffer[slot, which, :units].reshape(keys, -1) for which in (KEY, VALUE))
     if limits is not None:  # what lies past the row's end may be NaN, and 0 x NaN is NaN
         v = merge_rows(v, jnp.zeros((keys * v.dtype.itemsize // 4, v.shape[1]), jnp.int32), limits[1], keys)
-    scores = row_dot(q, k.astype(q.dtype))
+    if isinstance(q, tuple):
+        terms, scale = q
+        scores = join_terms(row_dot(terms, k), scale.shape[0]) * lanes(scale, keys)
+    else:
+        scores, v = row_dot(q, k.astype(q.dtype)), v.astype(q.dtype)
     value_scales = None
     if memory.scales is not None:
         key_scales, value_scales = (
@@ -93,8 +127,8 @@ def _take_block(
             lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
             value_scales = [jnp.where(lane + i * LANES < limits[1], x, 0.0) for i, x in enumerate(value_scales)]
     if limits is not None:
-        scores = jnp.where(limits[0][:, :keys], scores, MASKED)
-    softmax.update(scores, v.astype(q.dtype), value_scales, factor)
+        scores = jnp.where(limits[0], scores, MASKED)
+    softmax.update(scores, v, value_scales, factor)
 
 
 class Append(NamedTuple):
@@ -166,10 +200,12 @@ def paged_kernel(*refs, names: tuple[str, ...], sizes: PagedSizes, kv_heads: int
     append = Append(*(ref(name) for name in Append._fields))
     appends = append.stage is not None
     softmax = Softmax(ref("m"), ref("l"), ref("acc"))
-    q_ref, o_ref, lse_ref = ref("q"), ref("o"), ref("lse")
+    q_ref, q_scale_ref, o_ref, lse_ref = ref("q"), ref("q_scale"), ref("o"), ref("lse")
     part, head, step = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     low, high = tiles.bounds[part], tiles.bounds[part + 1]
-    rows, block, factor = q_ref.shape[1], sizes.block_kv, scale * LOG2_E
+    rows, block, factor = o_ref.shape[1], sizes.block_kv, scale * LOG2_E
+    # A block that is not full is taken in the smallest of these that holds its keys.
+    classes = [block >> i for i in range(block.bit_length()) if i == 0 or block >> i >= SMALLEST]
 
     @pl.when((head == 0) & (step == 0) & (high > low))
     def _() -> None:
@@ -184,20 +220,24 @@ def paged_kernel(*refs, names: tuple[str, ...], sizes: PagedSizes, kv_heads: int
 
         def one_block(j: jax.Array, _: None) -> None:
             slot = rem(first_item + j, sizes.depth)
-            stream.issue(part)
+            q = q_ref[index] if q_scale_ref is None else (q_ref[index], q_scale_ref[index])
+            take = functools.partial(_take_block, stream, softmax, q, slot, factor=factor)
+            left = length - j * block
+            whole = (j + 1) * block <= first + 1  # the first query sees the block's last key
+            steady = whole & stream.next_is_full(part)
+            more = stream.memory.cursor[ITEM] < high
             stream.wait(slot, stream.units(tile, j))
             if appends:
                 pl.when(j == blocks - 1)(lambda: append.put(stream, head, tile, index, slot))
-            left = length - j * block
-            whole = (j + 1) * block <= first + 1  # the first query sees the block's last key
 
-            @pl.when(whole)
+            @pl.when(steady)
             def _() -> None:
-                _take_block(stream, softmax, q_ref[index], slot, block, factor, None)
+                take(block)
+                stream.start_full()
 
-            keys = block
-            while True:
-                smaller = keys // 2 if keys > SMALLEST else 0
+            pl.when(~steady & more)(stream.start)
+            pl.when(~steady & whole)(lambda: take(block))
+            for keys, smaller in zip(classes, [*classes[1:], 0], strict=True):
 
                 @pl.when(~whole & (left > smaller) & ((left <= keys) | (keys == block)))
                 def _(keys: int = keys) -> None:
@@ -206,12 +246,9 @@ def paged_kernel(*refs, names: tuple[str, ...], sizes: PagedSizes, kv_heads: int
                     if sizes.block_q > 1:
                         query += jax.lax.broadcasted_iota(jnp.int32, (rows, keys), 0) & (sizes.block_q - 1)
                     visible = (key <= query) & (key < length)
-                    limits = visible, jnp.minimum(left, keys)
-                    _take_block(stream, softmax, q_ref[index], slot, keys, factor, limits)
+                    take(keys, limits=(visible, jnp.minimum(left, keys)))
 
-                if not smaller:
-                    break
-                keys = smaller
+            pl.when(more)(lambda: stream.advance(part))
 
         begin, end = (jnp.clip(bound - first_item, 0, blocks) for bound in (low, high))
         jax.lax.fori_loop(begin, end, one_block, None)

@@ -5,13 +5,14 @@ The rows were chosen by the compiler's static schedule (`tools/kernel_schedule.p
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
 
 from qwq_jax.kernels.attention.blocks import MEGACORES, find_chip, vmem_limit
 from qwq_jax.kernels.attention.flash import LANES
+from qwq_jax.kernels.attention.paged import TERM_ROWS
 from qwq_jax.kernels.attention.pages import is_quantized, unit_tokens
 from qwq_jax.kernels.attention.stream import RING, PagedSizes
 
@@ -22,25 +23,29 @@ GROUP = 16
 
 @dataclass(frozen=True)
 class Row:
-    """One entry: chips by name, and the tiles found best for decode (one query a tile) and for chunks of prompts."""
+    """One entry: chips by name, bytes of a cached number, and the tiles found best.
+
+    Decode has one query a tile; chunks of prompts have `prefill_block_q`.
+    """
 
     chips: tuple[str, ...]
+    itemsize: int
     decode_block: int
     prefill_block_q: int
     prefill_block: int
     origin: str
 
 
+_SCHEDULE = "static schedule, 5 query heads a kv head, jax 0.10.2, libtpu 0.0.52"
 TABLE = (
-    Row(
-        ("TPU v5 lite", "TPU v6", "TPU v5", "TPU7x"),
-        2048,
-        128,
-        1024,
-        "static schedule, 5 query heads a kv head, bf16, int8 and fp8, jax 0.10.2, libtpu 0.0.52",
-    ),
-    Row(("TPU v4",), 1024, 64, 512, "compiles within 16 MiB of VMEM"),
+    Row(("TPU v5 lite", "TPU v6", "TPU v5"), 2, 2048, 128, 1024, _SCHEDULE),
+    Row(("TPU v5 lite", "TPU v6", "TPU v5"), 1, 4096, 128, 1024, _SCHEDULE),
+    Row(("TPU7x",), 2, 4096, 128, 1024, _SCHEDULE),
+    Row(("TPU7x",), 1, 8192, 128, 1024, f"{_SCHEDULE}, pages of 512: fewer copies are to be started"),
+    Row(("TPU v4",), 2, 2048, 64, 512, "compiles within 16 MiB of VMEM"),
+    Row(("TPU v4",), 1, 1024, 64, 512, "compiles within 16 MiB of VMEM; this chip has no 8-bit products"),
 )
+# A float32 cache, for tests, takes half a 16-bit one's block.
 DEPTH = {"decode": 4, "prefill": 2}
 
 
@@ -62,11 +67,14 @@ def paged_sizes(
         ValueError: The chip is unknown, or pages, queries or lists do not fit; it names what would.
     """
     chip = find_chip(device_kind)
-    row = next(row for row in TABLE if chip in row.chips)
+    itemsize = jnp.dtype(dtype).itemsize
+    row = next(row for row in TABLE if chip in row.chips and row.itemsize == min(itemsize, 2))
+    row = replace(row, decode_block=row.decode_block // max(1, itemsize // 2))
     unit = unit_tokens(dtype)
-    if page % unit:
+    if page % unit or page & (page - 1):
         raise ValueError(
-            f"pages of {page} tokens do not fit the TPU kernel for a {jnp.dtype(dtype)} cache: use multiples of {unit}"
+            f"pages of {page} tokens do not fit the TPU kernel for a {jnp.dtype(dtype)} cache: use a power of 2 from "
+            f"{unit} on"
         )
     limit, need = vmem_limit(chip), functools.partial(vmem_bytes, groups=groups, head_dim=head_dim, dtype=dtype)
     decode, prefill = _tiles(row, chip, page, table_width, min(GROUP, rows), need)
@@ -81,13 +89,14 @@ def paged_sizes(
             f"paged attention with {groups} query heads of {head_dim} a kv head and {page} tokens a page needs "
             f"{max(need(decode), need(prefill)) >> 20} MiB of VMEM, and {chip} has {limit >> 20}: {advice}"
         )
+    float8 = chip == "TPU7x" and jnp.dtype(dtype) == jnp.float8_e4m3fn and 2 * 8 * -(-groups // 8) <= TERM_ROWS
     needed = smem_bytes(rows, table_width)
     if needed > SMEM_BYTES:
         raise ValueError(
             f"{rows} rows of up to {table_width} pages need {needed >> 10} KiB of scalar memory, and a core has "
             f"{SMEM_BYTES >> 10} KiB: use larger pages or at most {_most_rows(table_width)} rows"
         )
-    return decode, prefill
+    return decode._replace(float8=float8), prefill
 
 
 def _tiles(

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qwq_jax.kernels.attention.flash import LANES
-from qwq_jax.kernels.attention.paged import as_words, merge_rows, paged_kernel
+from qwq_jax.kernels.attention.paged import FLOAT8_MAX, TERM_ROWS, as_words, merge_rows, paged_kernel, two_terms
 from qwq_jax.kernels.attention.pages import PagedLayer, PagedOutput, RaggedRows, to_cache, unit_tokens, widen
 from qwq_jax.kernels.attention.stream import RING, PagedSizes
 from qwq_jax.kernels.attention.tiles import Tiles, cut_runs, make_tiles
@@ -21,10 +21,8 @@ def check_pages(layer: PagedLayer, sizes: PagedSizes) -> None:
     """Raises ValueError, with what would work, if the kernels cannot serve this pool."""
     *_, page, H = layer.kv.shape
     unit = unit_tokens(layer.kv.dtype)
-    if page % unit:
-        raise ValueError(
-            f"pages of {page} tokens do not fit the TPU kernel for {layer.kv.dtype}: use multiples of {unit}"
-        )
+    if page % unit or page & (page - 1):
+        raise ValueError(f"pages of {page} tokens do not fit the TPU kernel: use a power of 2 from {unit} on")
     if H % LANES:
         raise ValueError(f"the paged TPU kernel needs a cache with heads a multiple of {LANES} wide, not {H}")
     if sizes.block_kv % page:
@@ -205,6 +203,9 @@ def _call(
     apart = lambda *shape: pl.BlockSpec((None, None, group, *shape), lambda p, h, i, *_: (p, h, i, *[0] * len(shape)))  # noqa: E731
     scalars = tiles._asdict()
     inputs: dict[str, Any] = {"table": (table, hbm), "q": (q, tiled(R, H))}
+    if sizes.float8:
+        terms, q_scale = _query_terms(q)
+        inputs |= {"q": (terms, tiled(TERM_ROWS, H)), "q_scale": (q_scale, tiled(R, LANES))}
     outputs: dict[str, Any] = {
         "o": (jax.ShapeDtypeStruct((parts, K, n, R, H), q.dtype if parts == 1 else jnp.float32), apart(R, H)),
         "lse": (jax.ShapeDtypeStruct((parts, K, n, 1, R), jnp.float32), apart(1, R)),
@@ -256,6 +257,14 @@ def _call(
     )(*scalars.values(), *[x for x, _ in inputs.values()])
     out, lse, *after = results
     return out, lse[:, :, :, 0], PagedLayer(*after) if after else pool
+
+
+def _query_terms(q: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Queries `[K, n, R, H]` as two float8 terms `[K, n, 32, H]`, and the factor of each row in `[K, n, R, 128]`."""
+    wide = q.astype(jnp.float32)
+    largest = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1, keepdims=True), 1e-30)
+    terms = jax.vmap(jax.vmap(two_terms))(wide * (FLOAT8_MAX / largest))
+    return terms, jnp.broadcast_to(largest / FLOAT8_MAX, (*q.shape[:3], LANES))
 
 
 def _append_chunks(

@@ -3,6 +3,7 @@
 A copy is taken up again by its semaphore, which counts bytes; so start and wait of each are described in one place.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -27,13 +28,17 @@ def rem(x: jax.Array, by: int) -> jax.Array:
 
 
 class PagedSizes(NamedTuple):
-    """Tile sizes of a call: query tokens a tile, keys a block, blocks in flight, cores, and tiles a grid step."""
+    """Tile sizes of a call: query tokens a tile, keys a block, blocks in flight, cores, and tiles a grid step.
+
+    `float8` multiplies a float8_e4m3fn cache as it is, where the chip can and a tile has at most 16 query rows.
+    """
 
     block_q: int
     block_kv: int
     depth: int = 4
     parts: int = 1
     group: int = 1
+    float8: bool = False
 
 
 class Memory(NamedTuple):
@@ -108,20 +113,41 @@ class Stream(NamedTuple):
 
     def issue(self, part: jax.Array) -> None:
         """Starts the copies of the next item, if the part has one, and moves on."""
+        more = self.memory.cursor[ITEM] < self.tiles.bounds[part + 1]
+        pl.when(more)(self.start)
+        pl.when(more)(lambda: self.advance(part))
+
+    def next_is_full(self, part: jax.Array) -> jax.Array:
+        """Whether there is a next item, and it is a full block."""
         cursor = self.memory.cursor
-        item = cursor[ITEM]
+        units = self.units(cursor[TILE], cursor[BLOCK])
+        return (cursor[ITEM] < self.tiles.bounds[part + 1]) & (units == self.block_units)
 
-        @pl.when(item < self.tiles.bounds[part + 1])
+    def start(self) -> None:
+        """Starts the copies of the next item."""
+        cursor = self.memory.cursor
+        units = self.units(cursor[TILE], cursor[BLOCK])
+        pl.when(units == self.block_units)(self.start_full)
+
+        @pl.when(units < self.block_units)
         def _() -> None:
-            head, tile, block = cursor[HEAD], cursor[TILE], cursor[BLOCK]
-            self._start(head, tile, block, rem(item, self.sizes.depth))
-            cursor[ITEM], cursor[BLOCK] = item + 1, block + 1
-            ends = block + 1 == self.tiles.start[tile + 1] - self.tiles.start[tile]
-            more = item + 1 < self.tiles.bounds[part + 1]
+            fetch, whole, rest = self._fetcher(), div(units, self.page_units), rem(units, self.page_units)
+            jax.lax.fori_loop(0, whole, lambda index, _: fetch(index, self.page_units), None)
+            pl.when(rest > 0)(lambda: fetch(whole, rest))
 
-            @pl.when(ends & more)
-            def _() -> None:
-                self._move(head, tile)
+    def start_full(self) -> None:
+        """Starts the copies of the next item, a full block: no branch, so that they hide among other instructions."""
+        fetch = self._fetcher()
+        for index in range(self.block_units // self.page_units):
+            fetch(index, self.page_units)
+
+    def advance(self, part: jax.Array) -> None:
+        """Moves on to the item after the next, whose copies were started."""
+        cursor = self.memory.cursor
+        head, tile, block, item = cursor[HEAD], cursor[TILE], cursor[BLOCK], cursor[ITEM]
+        cursor[ITEM], cursor[BLOCK] = item + 1, block + 1
+        ends = block + 1 == self.tiles.start[tile + 1] - self.tiles.start[tile]
+        pl.when(ends & (item + 1 < self.tiles.bounds[part + 1]))(lambda: self._move(head, tile))
 
     def wait(self, slot: jax.Array, units: jax.Array) -> None:
         """Waits until the first units of a buffer are there."""
@@ -149,29 +175,21 @@ class Stream(NamedTuple):
         source = self.memory.table.at[self.tiles.row[rem(place, self.count)]]
         return pltpu.make_async_copy(source, self.memory.ring.at[slot], self.memory.table_sem.at[slot])
 
-    def _start(self, head: jax.Array, tile: jax.Array, block: jax.Array, slot: jax.Array) -> None:
-        units, pages = self.units(tile, block), self.block_units // self.page_units
-        ring = rem(head * self.count + tile, RING)
+    def _fetcher(self) -> Callable[[Any, Any], None]:
+        """Starts the copies of the first `size` units of a page of the next block; `index` counts its pages."""
+        memory, cursor = self.memory, self.memory.cursor
+        head, tile, slot = cursor[HEAD], cursor[TILE], rem(cursor[ITEM], self.sizes.depth)
+        ring, first = rem(head * self.count + tile, RING), cursor[BLOCK] * (self.block_units // self.page_units)
 
         def fetch(index: Any, size: Any) -> None:
-            page, at = self.memory.ring[ring, 0, block * pages + index], index * self.page_units
-            sem = self.memory.sem.at[slot]
-            source = self.memory.kv.at[head, page, :, pl.ds(0, size)]
-            pltpu.make_async_copy(source, self.memory.buffer.at[slot, :, pl.ds(at, size)], sem).start()
-            if self.memory.scales is not None:
-                source = self.memory.scales.at[head, page, pl.ds(0, size)]
-                pltpu.make_async_copy(source, self.memory.scale_buffer.at[slot, pl.ds(at, size)], sem).start()
+            page, at, sem = memory.ring[ring, 0, first + index], index * self.page_units, memory.sem.at[slot]
+            source = memory.kv.at[head, page, :, pl.ds(0, size)]
+            pltpu.make_async_copy(source, memory.buffer.at[slot, :, pl.ds(at, size)], sem).start()
+            if memory.scales is not None:
+                source = memory.scales.at[head, page, pl.ds(0, size)]
+                pltpu.make_async_copy(source, memory.scale_buffer.at[slot, pl.ds(at, size)], sem).start()
 
-        @pl.when(units == self.block_units)
-        def _() -> None:
-            for index in range(pages):
-                fetch(index, self.page_units)
-
-        @pl.when(units < self.block_units)
-        def _() -> None:
-            whole, rest = div(units, self.page_units), rem(units, self.page_units)
-            jax.lax.fori_loop(0, whole, lambda index, _: fetch(index, self.page_units), None)
-            pl.when(rest > 0)(lambda: fetch(whole, rest))
+        return fetch
 
     def _move(self, head: jax.Array, tile: jax.Array) -> None:
         """Goes to the next tile that is not empty; every row of page ids on the way is waited for once."""
