@@ -27,20 +27,21 @@ class Row:
     origin: str
 
 
+SCHEDULE = "static schedule at 8k and 32k, jax 0.10.2, libtpu 0.0.52; docs/benchmarks/kernels.md"
+# A chunk as long as a query block leaves out what the diagonal cannot see.
 TABLE = (
-    Row(
-        ("TPU v5 lite", "TPU v6"), "forward", 256, 2048, 256, "static schedule at 8k and 32k, jax 0.10.2, libtpu 0.0.52"
-    ),
-    Row(("TPU v5 lite", "TPU v6"), "backward", 256, 1024, 256, "static schedule at 8k, jax 0.10.2, libtpu 0.0.52"),
-    Row(("TPU v5", "TPU7x"), "forward", 256, 2048, 256, "compiles within 64 MiB of VMEM; sizes of v5e"),
-    Row(("TPU v5", "TPU7x"), "backward", 256, 1024, 256, "compiles within 64 MiB of VMEM; sizes of v5e"),
-    Row(("TPU v4",), "forward", 128, 1024, 256, "compiles within 16 MiB of VMEM"),
-    Row(("TPU v4",), "backward", 128, 512, 128, "compiles within 16 MiB of VMEM"),
+    Row(("TPU v5 lite", "TPU v6"), "forward", 512, 2048, 512, SCHEDULE),
+    Row(("TPU v5 lite", "TPU v6"), "backward", 512, 2048, 512, SCHEDULE),
+    Row(("TPU v5", "TPU7x"), "forward", 512, 2048, 512, "compiles within 64 MiB of VMEM; sizes of v5e"),
+    Row(("TPU v5", "TPU7x"), "backward", 512, 2048, 512, "compiles within 64 MiB of VMEM; sizes of v5e"),
+    Row(("TPU v4",), "forward", 256, 1024, 256, "compiles within 16 MiB of VMEM, where 512, 1024 does not"),
+    Row(("TPU v4",), "backward", 256, 1024, 256, "best of three in the static schedule at 8k"),
 )
+TUNED_GROUPS = 5  # query heads a kv head that the rows were compiled with, 128 wide
 # VMEM of a core, of which the compiler needs some for itself.
 VMEM_BYTES = {"TPU v4": 16 << 20, "TPU v5 lite": 128 << 20, "TPU v5": 64 << 20, "TPU v6": 128 << 20, "TPU7x": 64 << 20}
 # Two cores that work as one device: a list of visits each.
-MEGACORES = ("TPU v4", "TPU v5p")
+MEGACORES = ("TPU v4", "TPU v5")
 
 
 def find_chip(device_kind: str) -> str:
@@ -71,7 +72,10 @@ def tile_sizes(kind: Pass, device_kind: str, *, groups: int, length: int, head_d
     chip = find_chip(device_kind)
     row = next(row for row in TABLE if row.kind == kind and chip in row.chips)
     block_q, block_kv, chunk = row.block_q, row.block_kv, row.chunk
-    while vmem_needed(kind, block_q=block_q, block_kv=block_kv, groups=groups, head_dim=head_dim) > vmem_limit(chip):
+    tuned = groups <= TUNED_GROUPS and head_dim <= LANES
+    while not tuned and vmem_needed(
+        kind, block_q=block_q, block_kv=block_kv, groups=groups, head_dim=head_dim
+    ) > vmem_limit(chip):
         if block_q == block_kv == LANES:
             raise ValueError(
                 f"attention {kind} of {groups} query heads of {head_dim} a kv head does not fit in the "
@@ -81,9 +85,9 @@ def tile_sizes(kind: Pass, device_kind: str, *, groups: int, length: int, head_d
     short = LANES * math.ceil(length / LANES)
     block_kv = min(block_kv, 1 << (short - 1).bit_length())
     # A block longer than an eighth of the row would mostly hold padding at its end.
-    while block_kv > chunk and -(-short // block_kv) * block_kv > short * 9 // 8:
+    while block_kv > 2 * LANES and -(-short // block_kv) * block_kv > short * 9 // 8:
         block_kv //= 2
-    chunk = min(chunk, block_kv)
+    chunk = min(max(min(chunk, block_q), block_kv // 8), block_kv)
     return Sizes(min(block_q, block_kv), block_kv, chunk)
 
 

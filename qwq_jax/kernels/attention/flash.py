@@ -14,12 +14,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from qwq_jax.kernels.attention.steps import FIRST, FULL, LAST, is_mixed, plan_steps, whole_chunks
+from qwq_jax.kernels.attention.steps import FULL, LAST, is_mixed, plan_steps, whole_chunks
 
 LANES = 128
 # Finite, and a masked score stays below the maximum of a row that has seen no key yet: its weight is then 0, not 1.
 START = -1e30
 MASKED = -2e30
+TINY = 1e-30
+# A chunk on the diagonal is computed in so many parts, each without what its rows cannot see.
+DIAGONAL_PARTS = 4
 LOG2_E = math.log2(math.e)
 
 
@@ -78,18 +81,37 @@ def _forward_kernel(
     bits, block_q, block_kv = bits_ref[place], q_ref.shape[0], k_ref.shape[0]
     width = k_ref.shape[1]
 
-    @pl.when(bits & FIRST != 0)
-    def _() -> None:
+    def clear() -> None:
         m_ref[...] = jnp.full_like(m_ref, START)
         l_ref[...] = jnp.zeros_like(l_ref)
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
-    def take(at: Any, mask: jax.Array | None = None) -> None:
-        queries, keys, values = group_rows(q_ref, groups, width), k_ref[at, :], v_ref[at, :]
-        state = m_ref[...], l_ref[...], acc_ref[...]
-        scores = row_dot(queries, keys)
+    pl.when(pl.program_id(3) == 0)(clear)
+
+    def take(at: Any, mask: jax.Array | None = None, *, first: int = 0, count: int = block_q) -> None:
+        # Queries `[first, first + count)` of every head.
+        rows = [slice(g * block_q + first, g * block_q + first + count) for g in range(groups)]
+        rows = [slice(None)] if count == block_q else rows
+        state = tuple(jnp.concatenate([ref[r, :] for r in rows], axis=0) for ref in (m_ref, l_ref, acc_ref))
+        scores = row_dot(group_rows(q_ref.at[pl.ds(first, count)], groups, width), k_ref[at, :])
         scores = scores if mask is None else jnp.where(mask, scores, MASKED)
-        m_ref[...], l_ref[...], acc_ref[...] = _softmax_step(scores, state, values, factor)
+        state = _softmax_step(scores, state, v_ref[at, :], factor)
+        for ref, value in zip((m_ref, l_ref, acc_ref), state, strict=True):
+            for r, part in zip(rows, jnp.split(value, len(rows), axis=0), strict=True):
+                ref[r, :] = part
+
+    def take_masked(start: jax.Array, size: int, *, first: int = 0, count: int = block_q) -> None:
+        at, shape = pl.ds(pl.multiple_of(start, chunk), size), (count, size)
+        row = outer_ref[place] * block_q + first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+        visible = row >= inner_ref[place] * block_kv + start + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+        if seg_q_ref is not None and seg_k_ref is not None:
+            visible &= lanes(seg_q_ref[pl.ds(first, count), :], size) == seg_k_ref[:1, at]
+        take(at, jnp.concatenate([visible] * groups, axis=0), first=first, count=count)
+
+    def take_diagonal(start: jax.Array) -> None:
+        size = max(chunk // DIAGONAL_PARTS, LANES)
+        for first in range(0, chunk, size):
+            take_masked(start, first + size, first=first, count=size)
 
     @pl.when(bits & FULL != 0)
     def _() -> None:
@@ -112,30 +134,30 @@ def _forward_kernel(
             pieces //= 2
 
         def one(index: jax.Array, _: None) -> None:
-            @pl.when(is_mixed(bits, index))
-            def _() -> None:
-                at = pl.ds(pl.multiple_of(index * chunk, chunk), chunk)
-                row = outer_ref[place] * block_q + jax.lax.broadcasted_iota(jnp.int32, (block_q, chunk), 0)
-                first = inner_ref[place] * block_kv + index * chunk
-                visible = row >= first + jax.lax.broadcasted_iota(jnp.int32, (block_q, chunk), 1)
-                if seg_q_ref is not None and seg_k_ref is not None:
-                    visible &= lanes(seg_q_ref[...], chunk) == seg_k_ref[:1, at]
-                take(at, jnp.concatenate([visible] * groups, axis=0))
+            mixed, first = is_mixed(bits, index), index * chunk
+            on_diagonal = outer_ref[place] * block_q == inner_ref[place] * block_kv + first
+            if chunk == block_q:
+                pl.when(mixed & on_diagonal)(lambda: take_diagonal(first))
+            if segmented or chunk != block_q:
+                elsewhere = ~on_diagonal if chunk == block_q else True
+                pl.when(mixed & elsewhere)(lambda: take_masked(first, chunk))
 
         jax.lax.fori_loop(0, block_kv // chunk, one, None)
 
     @pl.when(bits & LAST != 0)
     def _() -> None:
         total = jnp.broadcast_to(jnp.sum(l_ref[...], axis=1, keepdims=True), l_ref.shape)
-        seen = total > 0  # a row of nothing but padding sees no key
-        out = (acc_ref[...] * lanes(jnp.where(seen, 1.0 / total, 0.0), width)).astype(o_ref.dtype)
+        # A row of nothing but padding sees no key: its sum is 0, and so are its accumulators.
+        inverse = pl.reciprocal(jnp.maximum(total, TINY), full_range=False)
+        out = (acc_ref[...] * lanes(inverse, width)).astype(o_ref.dtype)
         for g in range(groups):
             o_ref[:, g * width : (g + 1) * width] = out[g * block_q : (g + 1) * block_q]
         for lse_ref in lse_refs:
-            lse = jnp.where(seen, m_ref[...] * scale + jnp.log(total), 0.0)
+            lse = jnp.where(total > 0, m_ref[...] * scale + jnp.log(total), 0.0)
             for g in range(groups):
                 # All lanes are equal: a transposition turns the column into a row.
                 lse_ref[g : g + 1, :] = lse[g * block_q : (g + 1) * block_q].T[:1]
+        clear()  # for the next block
 
 
 def exponent_factor(scale: float) -> float:

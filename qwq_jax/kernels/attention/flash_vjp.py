@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qwq_jax.kernels.attention.flash import (
+    DIAGONAL_PARTS,
     LANES,
     LOG2_E,
     Sizes,
@@ -80,10 +81,12 @@ def _backward_kernel(
         pl.when(returns)(write.wait)  # what is to be read is still on its way out
         read.start()
 
-    def take(at: Any, mask: jax.Array | None = None) -> None:
+    def take(at: Any, mask: jax.Array | None = None, *, skip: int = 0, whole: bool = False) -> None:
+        # Queries before `skip` see none of these keys.
+        kept = pl.ds(skip, block_q - skip)
         keys, values = k_ref[at, :], v_ref[at, :]
-        queries, d_out = group_rows(q_ref, groups, width), group_rows(do_ref, groups, width)
-        lse, di = (jnp.concatenate([x[g : g + 1, :] for g in range(groups)], axis=1) for x in (lse_ref, di_ref))
+        queries, d_out = (group_rows(x.at[kept], groups, width) for x in (q_ref, do_ref))
+        lse, di = (jnp.concatenate([x[g : g + 1, kept] for g in range(groups)], axis=1) for x in (lse_ref, di_ref))
         scores = row_dot(keys, queries)
         scores = scores if factor == 1 else scores * factor
         p = jnp.exp2(scores - lse * LOG2_E)
@@ -91,19 +94,33 @@ def _backward_kernel(
         dv_acc[at, :] += dot(p.astype(d_out.dtype), d_out)
         ds = (p * (row_dot(values, d_out) - di)).astype(queries.dtype)
         dk_acc[at, :] += dot(ds, queries)
-        dq_acc[...] += contract(ds, keys, 0, 0)
+        dq = contract(ds, keys, 0, 0)
+        for g in range(groups):
+            part = dq[g * (block_q - skip) : (g + 1) * (block_q - skip)]
+            rows = slice(g * block_q + skip, (g + 1) * block_q)
+            dq_acc[rows, :] = part if whole else dq_acc[rows, :] + part
 
-    @pl.when(bits != 0)
-    def _() -> None:
-        dq_acc[...] = jnp.zeros_like(dq_acc)
+    def take_masked(first: jax.Array, size: int, skip: int = 0) -> None:
+        at, shape = pl.ds(pl.multiple_of(first, size), size), (size, block_q - skip)
+        key = outer_ref[place] * block_kv + first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+        visible = key <= query * block_q + skip + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+        if seg_k_ref is not None and seg_q_ref is not None:
+            visible &= lanes(seg_k_ref[at, :], block_q - skip) == seg_q_ref[:1, skip:]
+        take(at, jnp.concatenate([visible] * groups, axis=1), skip=skip)
+
+    def take_diagonal(first: jax.Array) -> None:
+        size = max(chunk // DIAGONAL_PARTS, LANES)
+        for skip in range(0, chunk, size):
+            take_masked(first + skip, size, skip)
 
     @pl.when(bits & FULL != 0)
     def _() -> None:
-        take(slice(None))
+        take(slice(None), whole=True)
 
     @pl.when((bits != 0) & (bits & FULL == 0))
     def _() -> None:
         start, count = whole_chunks(bits)
+        dq_acc[...] = jnp.zeros_like(dq_acc)
 
         def one(index: jax.Array, _: None) -> None:
             at = pl.ds(pl.multiple_of(index * chunk, chunk), chunk)
@@ -112,14 +129,13 @@ def _backward_kernel(
             def _() -> None:
                 take(at)
 
-            @pl.when(is_mixed(bits, index))
-            def _() -> None:
-                first = outer_ref[place] * block_kv + index * chunk
-                key = first + jax.lax.broadcasted_iota(jnp.int32, (chunk, block_q), 0)
-                visible = key <= query * block_q + jax.lax.broadcasted_iota(jnp.int32, (chunk, block_q), 1)
-                if seg_k_ref is not None and seg_q_ref is not None:
-                    visible &= lanes(seg_k_ref[at, :], block_q) == seg_q_ref[:1, :]
-                take(at, jnp.concatenate([visible] * groups, axis=1))
+            mixed, first = is_mixed(bits, index), index * chunk
+            on_diagonal = outer_ref[place] * block_kv + first == query * block_q
+            if chunk == block_q:
+                pl.when(mixed & on_diagonal)(lambda: take_diagonal(first))
+            if segmented or chunk != block_q:
+                elsewhere = ~on_diagonal if chunk == block_q else True
+                pl.when(mixed & elsewhere)(lambda: take_masked(first, chunk))
 
         jax.lax.fori_loop(0, block_kv // chunk, one, None)
 
