@@ -11,14 +11,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from qwq_jax.kernels.attention.blocks import MEGACORES, find_chip, vmem_limit
+from qwq_jax.kernels.attention.decode import TERM_ROWS
 from qwq_jax.kernels.attention.flash import LANES
-from qwq_jax.kernels.attention.paged import TERM_ROWS
 from qwq_jax.kernels.attention.pages import is_quantized, unit_tokens
 from qwq_jax.kernels.attention.stream import RING, PagedSizes
 
 SMEM_BYTES = 1 << 20
-# Tiles of a grid step: their queries and results come and go while the keys of others are read.
-GROUP = 16
 
 
 @dataclass(frozen=True)
@@ -76,20 +74,23 @@ def paged_sizes(
             f"pages of {page} tokens do not fit the TPU kernel for a {jnp.dtype(dtype)} cache: use a power of 2 from "
             f"{unit} on"
         )
-    limit, need = vmem_limit(chip), functools.partial(vmem_bytes, groups=groups, head_dim=head_dim, dtype=dtype)
-    decode, prefill = _tiles(row, chip, page, table_width, min(GROUP, rows), need)
+    limit, need = (
+        vmem_limit(chip),
+        functools.partial(vmem_bytes, rows=rows, groups=groups, head_dim=head_dim, dtype=dtype),
+    )
+    decode, prefill = _tiles(row, chip, page, table_width, need)
     if max(need(decode), need(prefill)) > limit:
         smaller = page // 2
-        while (
-            smaller >= unit and max(map(need, _tiles(row, chip, smaller, table_width, min(GROUP, rows), need))) > limit
-        ):
+        while smaller >= unit and max(map(need, _tiles(row, chip, smaller, table_width, need))) > limit:
             smaller //= 2
         advice = f"use pages of {smaller} or less" if smaller >= unit else "use fewer query heads a kv head"
         raise ValueError(
             f"paged attention with {groups} query heads of {head_dim} a kv head and {page} tokens a page needs "
             f"{max(need(decode), need(prefill)) >> 20} MiB of VMEM, and {chip} has {limit >> 20}: {advice}"
         )
-    float8 = chip == "TPU7x" and jnp.dtype(dtype) == jnp.float8_e4m3fn and 2 * 8 * -(-groups // 8) <= TERM_ROWS
+    float8 = (
+        chip == "TPU7x" and jnp.dtype(dtype) == jnp.dtype(jnp.float8_e4m3fn) and 2 * 8 * -(-groups // 8) <= TERM_ROWS
+    )
     needed = smem_bytes(rows, table_width)
     if needed > SMEM_BYTES:
         raise ValueError(
@@ -100,11 +101,11 @@ def paged_sizes(
 
 
 def _tiles(
-    row: Row, chip: str, page: int, table_width: int, group: int, need: Callable[[PagedSizes], int]
+    row: Row, chip: str, page: int, table_width: int, need: Callable[[PagedSizes], int]
 ) -> tuple[PagedSizes, PagedSizes]:
     """The table's tiles for decode and prefill in whole pages; fewer queries a tile where many do not fit."""
     parts = 2 if chip in MEGACORES else 1
-    decode = PagedSizes(1, _whole_pages(row.decode_block, page, table_width), DEPTH["decode"], parts, group)
+    decode = PagedSizes(1, _whole_pages(row.decode_block, page, table_width), DEPTH["decode"], parts)
     block = _whole_pages(row.prefill_block, page, table_width)
     prefill = PagedSizes(row.prefill_block_q, block, DEPTH["prefill"], parts)
     while prefill.block_q > 8 and need(prefill) > vmem_limit(chip):
@@ -117,14 +118,17 @@ def _whole_pages(block: int, page: int, table_width: int) -> int:
     return max(1, min(block // page, 1 << (table_width - 1).bit_length())) * page
 
 
-def vmem_bytes(sizes: PagedSizes, *, groups: int, head_dim: int, dtype: Any) -> int:
+def vmem_bytes(sizes: PagedSizes, *, rows: int, groups: int, head_dim: int, dtype: Any) -> int:
     """Bytes of VMEM, estimated: buffers of blocks, queries and results twice, running state, scores."""
-    rows = max(8, groups * sizes.block_q)
+    lines = 8 * -(-groups * sizes.block_q // 8)
     token = 2 * (head_dim * jnp.dtype(dtype).itemsize + 4 * is_quantized(dtype))
     buffers = sizes.depth * sizes.block_kv * token
-    tiles = 2 * sizes.group * rows * head_dim * (2 + 4) + 4 * rows * (2 * LANES + head_dim)
-    # Scores and probabilities, and the 8-bit block as bfloat16.
-    working = rows * sizes.block_kv * (4 + 4) + 4 * sizes.block_kv * head_dim * is_quantized(dtype)
+    working = lines * sizes.block_kv * (4 + 4) + 4 * sizes.block_kv * head_dim * is_quantized(dtype)
+    if sizes.block_q > 1:
+        tiles = 2 * lines * head_dim * (2 + 4) + 4 * lines * (2 * LANES + head_dim)
+    else:  # all rows of a kv head: queries, new keys and values, and three float32 sums
+        tiles = 2 * rows * (lines * (2 * head_dim + 4 * (head_dim + 2 * LANES)) + 2 * 4 * head_dim)
+        working += 2 * 4 * lines * sizes.block_kv
     return buffers + tiles + working
 
 

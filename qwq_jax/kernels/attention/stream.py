@@ -28,16 +28,15 @@ def rem(x: jax.Array, by: int) -> jax.Array:
 
 
 class PagedSizes(NamedTuple):
-    """Tile sizes of a call: query tokens a tile, keys a block, blocks in flight, cores, and tiles a grid step.
+    """Tile sizes of a call: query tokens a tile, keys a block, blocks in flight, cores.
 
-    `float8` multiplies a float8_e4m3fn cache as it is, where the chip can and a tile has at most 16 query rows.
+    `float8` multiplies a float8_e4m3fn cache as it is: for one token a tile, where the chip can.
     """
 
     block_q: int
     block_kv: int
     depth: int = 4
     parts: int = 1
-    group: int = 1
     float8: bool = False
 
 
@@ -65,6 +64,22 @@ class Memory(NamedTuple):
     cursor: Any
     table_sem: Any
     sem: Any
+
+
+def stream_scratch(pool: Any, sizes: PagedSizes, table_width: int) -> dict[str, Any]:
+    """The parts of `Memory` that are scratch, for a pool in units."""
+    *_, unit, H = pool.kv.shape
+    units = sizes.block_kv // unit
+    scratch = {
+        "ring": pltpu.SMEM((RING, 1, table_width), jnp.int32),
+        "cursor": pltpu.SMEM((5,), jnp.int32),
+        "buffer": pltpu.VMEM((sizes.depth, 2, units, unit, H), pool.kv.dtype),
+        "table_sem": pltpu.SemaphoreType.DMA((RING,)),
+        "sem": pltpu.SemaphoreType.DMA((sizes.depth,)),
+    }
+    if pool.scales is not None:
+        scratch["scale_buffer"] = pltpu.VMEM((sizes.depth, units, 2, unit), jnp.float32)
+    return scratch
 
 
 class Stream(NamedTuple):
