@@ -43,7 +43,7 @@ def kernel(mode, decode_rows, max_query, block=256, parts=1, races=True, float8=
         out_of_bounds_reads="raise",
         num_cores_or_threads=parts,
     )
-    sizes = {"decode": PagedSizes(1, block, 4, parts, 2, float8), "prefill": PagedSizes(32, block, 2, parts)}
+    sizes = {"decode": PagedSizes(1, block, 4, parts, float8), "prefill": PagedSizes(32, block, 2, parts)}
     sizes |= {"scale": 128**-0.5, "decode_rows": decode_rows, "max_query": max_query, "interpret": interpret}
     return jax.jit(functools.partial(ragged_attention, **sizes))
 

@@ -11,40 +11,38 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGED = "tests/kernels/test_paged.py"
 
+FLOATS = "test_kernel_equals_float64 and float32 and on_wait-1"
+SCORES = "            scores = row_dot(q, k.astype(q.dtype))\n"
 BUGS = {
     "a late wait": (
-        "paged.py",
-        "            stream.wait(slot, stream.units(tile, j))\n",
-        "            late = stream.units(tile, j)\n",
-        "        jax.lax.fori_loop(begin, end, one_block, None)\n",
-        "        jax.lax.fori_loop(begin, end, one_block, None)\n        jax.lax.fori_loop(begin, end, lambda j, _: "
-        "stream.wait(rem(first_item + j, sizes.depth), stream.units(tile, j)), None)\n",
-        "test_kernel_equals_float64 and on_wait",
+        "decode.py",
+        "            stream.wait(slot, stream.units(now.tile, now.block))\n            pl.when",
+        "            pl.when",
+        "        pl.when(more)(lambda: stream.advance(part))\n",
+        "        pl.when(real)(lambda: stream.wait(slot, stream.units(now.tile, now.block)))\n"
+        "        pl.when(more)(lambda: stream.advance(part))\n",
+        FLOATS,
     ),
-    "an off-by-one page": (
-        "stream.py",
-        "block * pages + index]",
-        "block * pages + index + 1]",
-        "test_kernel_equals_float64 and on_wait",
-    ),
+    "an off-by-one page": ("stream.py", "first + index]", "first + index + 1]", FLOATS),
     "positions in 16 bits": (
-        "paged.py",
-        "visible = (key <= query) & (key < length)",
-        "key = key.astype(jnp.int16).astype(jnp.int32)\n                    visible = (key <= query) & (key < length)",
+        "decode.py",
+        "left = self.stream.tiles.length[item.tile] - ",
+        "left = self.stream.tiles.length[item.tile].astype(jnp.int16).astype(jnp.int32) - ",
         "long_row",
     ),
     "no mask on values": (
-        "paged.py",
-        "limits[1], keys)\n",
-        "keys, keys)\n",
-        "test_kernel_equals_float64 and on_wait",
+        "decode.py",
+        "= merge_rows(merged, jnp.zeros_like(new), offset + 1, stream.unit)",
+        "= merged",
+        FLOATS,
     ),
+    "no mask on values of a chunk": ("paged.py", "limits[1], keys)\n", "keys, keys)\n", FLOATS),
     "a wrong scale for one head": (
-        "paged.py",
-        "    scores = row_dot(q, k.astype(q.dtype))\n",
-        "    scores = row_dot(q, k.astype(q.dtype))\n"
-        "    scores = scores * jnp.where(jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0) == 3, 1.01, 1.0)\n",
-        "test_kernel_equals_float64 and on_wait",
+        "decode.py",
+        SCORES,
+        SCORES
+        + "            scores *= jnp.where(jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0) == 3, 1.01, 1.0)\n",
+        FLOATS,
     ),
 }
 

@@ -194,6 +194,8 @@ class Decoder(NamedTuple):
             pieces = [piece * scale for piece, scale in zip(pieces, scales, strict=True)]
         sums = self._weigh(pieces, v, scales)
         self.acc[at] = jnp.where(first, 0.0, self.acc[at]) * lanes(alpha, v.shape[1]) + sums
+        # The next trip may be longer than this one.
+        scores += [jnp.full_like(scores[0], MASKED)] * ((self.held.shape[2] - keys) // LANES)
         for i, piece in enumerate(scores):
             self.held[rem(now.number, 2), :, i * LANES : (i + 1) * LANES] = piece
 

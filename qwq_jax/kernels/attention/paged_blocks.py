@@ -37,7 +37,8 @@ class Row:
 _SCHEDULE = "static schedule, 5 query heads a kv head, jax 0.10.2, libtpu 0.0.52"
 TABLE = (
     Row(("TPU v5 lite", "TPU v6", "TPU v5"), 2, 2048, 128, 1024, _SCHEDULE),
-    Row(("TPU v5 lite", "TPU v6", "TPU v5"), 1, 4096, 128, 1024, _SCHEDULE),
+    Row(("TPU v5 lite", "TPU v5"), 1, 4096, 128, 1024, _SCHEDULE),
+    Row(("TPU v6",), 1, 8192, 128, 1024, _SCHEDULE),
     Row(("TPU7x",), 2, 4096, 128, 1024, _SCHEDULE),
     Row(("TPU7x",), 1, 8192, 128, 1024, f"{_SCHEDULE}, pages of 512: fewer copies are to be started"),
     Row(("TPU v4",), 2, 2048, 64, 512, "compiles within 16 MiB of VMEM"),
