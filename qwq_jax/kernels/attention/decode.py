@@ -241,8 +241,9 @@ def decode_kernel(*refs, names: tuple[str, ...], sizes: PagedSizes, kv_heads: in
         """
         now, before = Item(*carry[:3]), Item(*carry[3:])
         left = tiles.length[now.tile] - now.block * block
-        slot, more = rem(now.number, sizes.depth), stream.memory.cursor[ITEM] < high
-        real, full = index < end, stream.next_is_full(part)
+        slot, real = rem(now.number, sizes.depth), index < end
+        # One item is fetched for each that is taken: the last trip, which takes none, would run into what is not read.
+        more, full = real & (stream.memory.cursor[ITEM] < high), real & stream.next_is_full(part)
 
         @pl.when(real)
         def _() -> None:
