@@ -209,7 +209,7 @@ CHIP = {"groups": 5, "head_dim": 128, "dtype": "bfloat16", "rows": 256, "table_w
     [
         ("TPU v5 lite", {"page": 48}, "a power of 2 from 32 on"),
         ("TPU v6 lite", {"page": 64, "dtype": "int8"}, "a power of 2 from 128 on"),
-        ("TPU v4", {"page": 16384}, r"needs .* MiB of VMEM, and TPU v4 has 15: use pages of 4096"),
+        ("TPU v4", {"page": 16384}, r"needs .* MiB of VMEM, and TPU v4 has 15: use pages of 2048"),
         ("TPU v5 lite", {"page": 128, "rows": 100_000}, r"KiB of scalar memory.*at most 31743 rows"),
         ("TPU v9", {"page": 128}, "no tile sizes are known for 'TPU v9'"),
     ],
@@ -220,7 +220,7 @@ def test_what_does_not_fit_is_refused_with_what_would(kind, change, message):
 
 
 def test_advice_is_good():
-    paged_sizes("TPU v4", **CHIP, page=4096)
+    paged_sizes("TPU v4", **CHIP, page=2048)
     assert smem_bytes(31_743, 1024) <= 1 << 20 < smem_bytes(31_744, 1024)
 
 

@@ -75,6 +75,12 @@ def paged_sizes(
             f"pages of {page} tokens do not fit the TPU kernel for a {jnp.dtype(dtype)} cache: use a power of 2 from "
             f"{unit} on"
         )
+    needed = smem_bytes(rows, table_width)
+    if needed > SMEM_BYTES:
+        raise ValueError(
+            f"{rows} rows of up to {table_width} pages need {needed >> 10} KiB of scalar memory, and a core has "
+            f"{SMEM_BYTES >> 10} KiB: use larger pages or at most {_most_rows(table_width)} rows"
+        )
     limit, need = (
         vmem_limit(chip),
         functools.partial(vmem_bytes, rows=rows, groups=groups, head_dim=head_dim, dtype=dtype),
@@ -84,7 +90,7 @@ def paged_sizes(
         smaller = page // 2
         while smaller >= unit and max(map(need, _tiles(row, chip, smaller, table_width, need))) > limit:
             smaller //= 2
-        advice = f"use pages of {smaller} or less" if smaller >= unit else "use fewer query heads a kv head"
+        advice = f"use pages of {smaller} or less" if smaller >= unit else "use fewer rows"
         raise ValueError(
             f"paged attention with {groups} query heads of {head_dim} a kv head and {page} tokens a page needs "
             f"{max(need(decode), need(prefill)) >> 20} MiB of VMEM, and {chip} has {limit >> 20}: {advice}"
@@ -92,12 +98,6 @@ def paged_sizes(
     float8 = (
         chip == "TPU7x" and jnp.dtype(dtype) == jnp.dtype(jnp.float8_e4m3fn) and 2 * 8 * -(-groups // 8) <= TERM_ROWS
     )
-    needed = smem_bytes(rows, table_width)
-    if needed > SMEM_BYTES:
-        raise ValueError(
-            f"{rows} rows of up to {table_width} pages need {needed >> 10} KiB of scalar memory, and a core has "
-            f"{SMEM_BYTES >> 10} KiB: use larger pages or at most {_most_rows(table_width)} rows"
-        )
     return decode._replace(float8=float8), prefill
 
 
