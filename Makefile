@@ -31,7 +31,7 @@ $(INSTALLED): requirements.lock pyproject.toml tools/install.sh
 install: $(INSTALLED)
 
 demo: $(INSTALLED)
-	$(call timed,{ $(BIN)/qwq-jax demo && $(BIN)/python -m tools.compare_hf out/demo/checkpoint out/demo/exported; })
+	$(call timed,{ $(BIN)/qwq-jax demo && JAX_PLATFORMS=cpu $(BIN)/python -m tools.compare_hf out/demo/checkpoint out/demo/exported; })
 
 test: $(INSTALLED)
 	$(call timed,$(BIN)/pytest -n $(WORKERS))

@@ -29,6 +29,8 @@ def main() -> None:
     for extra in EXTRAS:
         wanted.extend(project["optional-dependencies"][extra])
     waiting = [Requirement(line) for line in wanted]
+    # Of a platform's own package the others must not try to install any version.
+    markers = {canonicalize_name(needed.name): f" ; {needed.marker}" for needed in waiting if needed.marker}
     pinned: dict[str, str] = {}
     visited: set[tuple[str, str]] = set()
     while waiting:
@@ -46,7 +48,7 @@ def main() -> None:
                 needed = Requirement(line)
                 if needed.marker is None or needed.marker.evaluate({"extra": extra}):
                     waiting.append(needed)
-    lines = [f"{name}=={version}\n" for name, version in sorted(pinned.items())]
+    lines = [f"{name}=={version}{markers.get(name, '')}\n" for name, version in sorted(pinned.items())]
     (ROOT / "requirements.lock").write_text(HEADER + "".join(lines))
     print(f"requirements.lock: {len(lines)} packages")
 
