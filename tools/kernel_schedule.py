@@ -85,7 +85,7 @@ def measure(request: Request, *, cache: Path | None = None, keep: Path | None = 
     dump = keep or Path(tempfile.mkdtemp(prefix="kernel_schedule_"))
     dump.mkdir(parents=True, exist_ok=True)
     flags = [f"--xla_jf_dump_to={dump}", "--xla_jf_dump_llo_text=true", f"--xla_jf_dump_llo_pass_label_regex={DUMPED}"]
-    if request.kernel != "ours":
+    if not request.kernel.startswith("ours"):
         flags.append(f"--xla_tpu_scoped_vmem_limit_kib={chip.vmem_kib}")
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -128,8 +128,8 @@ def _fingerprint(request: Request) -> str:
     """Names a result by the request and by every source that it may depend on."""
     digest = hashlib.sha256(json.dumps(asdict(request)).encode())
     sources = sorted(Path(__file__).parent.glob("schedule_*.py"))
-    if request.kernel == "ours":
-        sources += [ROOT / "qwq_jax/kernels/attention" / name for name in ("flash.py", "flash_vjp.py", "steps.py")]
+    if request.kernel.startswith("ours"):
+        sources += sorted((ROOT / "qwq_jax/kernels/attention").glob("*.py"))
     for source in sources:
         if source.name not in ("schedule_report.py", "schedule_table.py"):
             digest.update(source.read_bytes())
@@ -147,14 +147,14 @@ def _measure_here(request: Request, dump: Path) -> None:
     from schedule_tokamax import TOKAMAX
 
     chip = CHIPS[request.chip]
-    parts = chip.cores if request.kernel == "ours" else 1
+    parts = chip.cores if request.kernel.startswith("ours") else 1
     cases = CASES | PAGED | TOKAMAX
     if (request.kind, request.kernel) not in cases:
         raise ValueError(f"no {request.kind} {request.kernel}; there are {', '.join(map(' '.join, cases))}")
     case = cases[request.kind, request.kernel](Shape(request.tokens, request.sizes, parts, request.chip))
     topology: Any = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology)
     place = SingleDeviceSharding(topology.devices[0])
-    arguments = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for a in case.arguments]
+    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), case.arguments)
     mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("one",))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # some kernels ask what chip they are for
         lowered = jax.jit(case.function).lower(*arguments)

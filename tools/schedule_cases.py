@@ -69,7 +69,7 @@ class Case:
     """
 
     function: Callable[..., Any]
-    arguments: tuple[jax.ShapeDtypeStruct, ...]
+    arguments: tuple[Any, ...]
     kernels: tuple[Kernel, ...]
     ideal: int
 

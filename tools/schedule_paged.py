@@ -6,10 +6,21 @@ the bundles of the body of the inner loop (one block of keys of one row) against
 A new kernel: a function `Shape -> Case` as in `schedule_cases`, entered in PAGED.
 """
 
+import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from schedule_cases import BF16, HEADS, WIDTH, Case, Kernel, Part, Shape, array, on_first_core
+
+from qwq_jax.kernels.attention import PagedLayer, PagedOutput, RaggedRows, is_quantized, scales_shape
+from qwq_jax.kernels.attention.decode import SHORT
+from qwq_jax.kernels.attention.paged_blocks import paged_sizes
+from qwq_jax.kernels.attention.pages import unit_tokens
+from qwq_jax.kernels.attention.ragged import ragged_attention
+from qwq_jax.kernels.attention.stream import PagedSizes
+
+KINDS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
 
 ROWS, PAGE = 16, 128
 
@@ -65,7 +76,91 @@ def _ragged(shape: Shape) -> Case:
     )
 
 
+def _ours(dtype: str, shape: Shape) -> Case:
+    """Our decode kernel; the size is the tokens a page. Every core that shares the call has an even part of it."""
+    page, width = shape.sizes[0], shape.tokens // shape.sizes[0]
+    decode, prefill = paged_sizes(
+        KINDS[shape.chip], groups=HEADS, head_dim=WIDTH, page=page, dtype=dtype, rows=ROWS, table_width=width
+    )
+    units = decode.block_kv // unit_tokens(dtype)
+    trips = ROWS * -(-shape.tokens // decode.block_kv)
+    full, last = trips - (decode.depth - 1) * decode.parts, ROWS
+    parts = _our_parts(decode, units, trips, full, last)
+    kv = (1, ROWS * width, 2, page, WIDTH)
+    layer = PagedLayer(
+        array(*kv, dtype=dtype), array(*scales_shape(kv), dtype=jnp.float32) if is_quantized(dtype) else None
+    )
+    token = WIDTH * jnp.dtype(dtype).itemsize + 4 * is_quantized(dtype)
+    rows = RaggedRows(
+        array(ROWS, width, dtype=jnp.int32),
+        array(ROWS, dtype=jnp.int32),
+        array(ROWS + 1, dtype=jnp.int32),
+        array(ROWS, dtype=jnp.int32),
+    )
+
+    def step(q: jax.Array, k: jax.Array, v: jax.Array, layer: PagedLayer, rows: RaggedRows) -> PagedOutput:
+        return ragged_attention(
+            q, k, v, layer, rows, scale=WIDTH**-0.5, decode_rows=ROWS, max_query=0, decode=decode, prefill=prefill
+        )
+
+    queries, sums = ROWS * 8 * WIDTH * BF16, decode.parts * ROWS * 8 * (WIDTH + 2 * 128) * 4
+    moved = {"q": queries, "sums": sums, "pages": ROWS * shape.tokens * 2 * token, "new": ROWS * 4 * 32 * WIDTH}
+    ideal = ROWS * 2 * (shape.tokens * WIDTH * jnp.dtype(dtype).itemsize + HEADS * WIDTH * BF16)
+    one = (array(ROWS, 1, WIDTH), array(ROWS, 1, WIDTH))
+    arguments = (array(ROWS, HEADS, WIDTH), *one, layer, rows)
+    return Case(step, arguments, (Kernel("paged_decode", parts, moved),), ideal)
+
+
+def _our_parts(sizes: PagedSizes, units: int, trips: int, full: int, last: int) -> tuple[Part, ...]:
+    """Regions of `decode_kernel` in the order of the text, for rows of whole blocks."""
+    cores, ahead = sizes.parts, (sizes.depth - 1) * sizes.parts
+
+    def fetch(runs: int, partial: int) -> tuple[Part, ...]:
+        rest = Part("rest of a page", partial, (Part("pages", partial, loop=True),), optional=True)
+        return (Part("copy a full block", runs), Part("copy a part", partial, (rest,)))
+
+    def move(runs: int) -> Part:
+        rows = Part("rows on the way", runs, (Part("row", runs, loop=True),))
+        return Part("next row", runs, (rows,))
+
+    begin = Part(
+        "begin",
+        cores,
+        (
+            Part("zero the buffers", cores * sizes.depth * units, loop=True),
+            Part(
+                "fill the pipeline",
+                ahead,
+                (Part("any", ahead, (*fetch(ahead, 0), move(0))),),
+                loop=True,
+                trips=(sizes.depth - 1,),
+            ),
+        ),
+    )
+    short = () if sizes.block_kv <= SHORT else (Part("short trip", 0),)
+    trip = Part(
+        "trip",
+        trips + cores,
+        (
+            Part("wait", trips, (Part("append", last),)),
+            Part("trip, copies hidden", full),
+            Part("trip", trips + cores - full),
+            *short,
+            Part("other copies", 0, fetch(0, 0)),
+            Part("advance", full, (move(last),)),
+        ),
+        loop=True,
+    )
+    drain = tuple(Part(f"unused row {i}", cores) for i in range(1, 7))
+    body = (begin, Part("any block", cores, (Part("any trip", cores, (trip,)),)), Part("end", cores, drain))
+    if cores == 1:
+        return body
+    return (Part("grid", cores + 2, (Part("step", cores, body),), loop=True, trips=(cores + 2,)),)
+
+
 PAGED: dict[tuple[str, str], Callable[[Shape], Case]] = {
     ("decode", "ragged"): _ragged,
-    # Ours belongs here: ("decode", "ours").
+    ("decode", "ours"): functools.partial(_ours, "bfloat16"),
+    ("decode", "ours_int8"): functools.partial(_ours, "int8"),
+    ("decode", "ours_float8"): functools.partial(_ours, "float8_e4m3fn"),
 }

@@ -39,6 +39,12 @@ BEST: dict[tuple[str, str, int], dict[str, tuple[int, ...]]] = {
 }
 NEAREST = {"v4": "v5e", "v5p": "v5e", "tpu7x": "v6e"}
 DECODE = {"ragged": {4096: (16, 16), 8192: (16, 16), 32768: (32, 16)}}
+# Our decode, by the type of the cache: tokens a page on each chip; the rest of its sizes are those it ships with.
+PAGES = {
+    "ours": {"v4": 128, "v5e": 128, "v5p": 128, "v6e": 128, "tpu7x": 256},
+    "ours_int8": {"v4": 256, "v5e": 256, "v5p": 256, "v6e": 512},
+    "ours_float8": {"tpu7x": 512},
+}
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,10 @@ def requests() -> Iterator[Request]:
         for tokens, sizes in lengths.items():
             for chip in CHIPS:
                 yield Request(chip, "decode", kernel, tokens, sizes)
+    for kernel, pages in PAGES.items():
+        for tokens in DECODE["ragged"]:
+            for chip, page in pages.items():
+                yield Request(chip, "decode", kernel, tokens, (page,))
 
 
 def collect(cache: Path | None) -> list[Entry]:
@@ -132,7 +142,11 @@ Our tiles are those of
 - splash backward, 8k: fused 8 and 7 sizes, two kernels 5 and 4, blocks of 512 to 2048; on v4 two of each, 8k; fused at
   32k 2 on v5e and 1 on v6e, the two kernels at 32k one;
 - tokamax forward, 8k: 3 and 3 sizes, carried over to 32k; its experimental scheduler was slower in the one size tried;
-- decode: one size a length, not searched; v5p and tpu7x (and v4 where not named): sizes of the nearest chip.
+- ragged paged attention of jax: one size a length, not searched; v5p and tpu7x (and v4 where not named): sizes of the
+  nearest chip. Its cycles are those of its blocks in a list, and its bytes those it fetches.
+
+In decode, 16 rows of T tokens each take one token more: µs beside HBM µs say which of the two binds. `tiles` of ours is
+the tokens a page; `ours_int8` and `ours_float8` are 8-bit caches, with their scales.
 
 So a ratio is against the best found, and the less was searched the kinder it is to us. Tokamax's backward is missing.
 The two chips and lengths that tiles were chosen on are also those of the table. `splash` backward is its two kernels.
