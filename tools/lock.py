@@ -48,7 +48,9 @@ def main() -> None:
                 needed = Requirement(line)
                 if needed.marker is None or needed.marker.evaluate({"extra": extra}):
                     waiting.append(needed)
-    lines = [f"{name}=={version}{markers.get(name, '')}\n" for name, version in sorted(pinned.items())]
+    lines = [
+        f"{name}=={version}{markers.get(canonicalize_name(name), '')}\n" for name, version in sorted(pinned.items())
+    ]
     (ROOT / "requirements.lock").write_text(HEADER + "".join(lines))
     print(f"requirements.lock: {len(lines)} packages")
 

@@ -7,7 +7,9 @@ A new kernel: a function `Shape -> Case` as in `schedule_cases`, entered in PAGE
 """
 
 import functools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ from qwq_jax.kernels.attention.stream import PagedSizes
 KINDS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
 
 ROWS, PAGE = 16, 128
+POOL = 1 << 21  # tokens of the pool: one that fits in VMEM, XLA would put there
 
 
 def ideal_decode(tokens: int) -> int:
@@ -85,20 +88,14 @@ def _ours(dtype: str, shape: Shape) -> Case:
     units = decode.block_kv // unit_tokens(dtype)
     trips = ROWS * -(-shape.tokens // decode.block_kv)
     full, last = trips - (decode.depth - 1) * decode.parts, ROWS
-    parts = _our_parts(decode, units, trips, full, last)
-    kv = (1, ROWS * width, 2, page, WIDTH)
-    layer = PagedLayer(
-        array(*kv, dtype=dtype), array(*scales_shape(kv), dtype=jnp.float32) if is_quantized(dtype) else None
-    )
+    parts = _our_parts(shape.chip, decode, units, trips, full, last)
+    kv = (1, POOL // page, 2, page, WIDTH)
+    pool: Any = array(*kv, dtype=dtype)
+    scales: Any = array(*scales_shape(kv), dtype=jnp.float32) if is_quantized(dtype) else None
     token = WIDTH * jnp.dtype(dtype).itemsize + 4 * is_quantized(dtype)
-    rows = RaggedRows(
-        array(ROWS, width, dtype=jnp.int32),
-        array(ROWS, dtype=jnp.int32),
-        array(ROWS + 1, dtype=jnp.int32),
-        array(ROWS, dtype=jnp.int32),
-    )
+    numbers: list[Any] = [array(*shape, dtype=jnp.int32) for shape in ((ROWS, width), (ROWS,), (ROWS + 1,), (ROWS,))]
 
-    def step(q: jax.Array, k: jax.Array, v: jax.Array, layer: PagedLayer, rows: RaggedRows) -> PagedOutput:
+    def step(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any, rows: Any) -> PagedOutput:
         return ragged_attention(
             q, k, v, layer, rows, scale=WIDTH**-0.5, decode_rows=ROWS, max_query=0, decode=decode, prefill=prefill
         )
@@ -107,17 +104,16 @@ def _ours(dtype: str, shape: Shape) -> Case:
     moved = {"q": queries, "sums": sums, "pages": ROWS * shape.tokens * 2 * token, "new": ROWS * 4 * 32 * WIDTH}
     ideal = ROWS * 2 * (shape.tokens * WIDTH * jnp.dtype(dtype).itemsize + HEADS * WIDTH * BF16)
     one = (array(ROWS, 1, WIDTH), array(ROWS, 1, WIDTH))
-    arguments = (array(ROWS, HEADS, WIDTH), *one, layer, rows)
+    arguments = (array(ROWS, HEADS, WIDTH), *one, PagedLayer(pool, scales), RaggedRows(*numbers))
     return Case(step, arguments, (Kernel("paged_decode", parts, moved),), ideal)
 
 
-def _our_parts(sizes: PagedSizes, units: int, trips: int, full: int, last: int) -> tuple[Part, ...]:
+def _our_parts(chip: str, sizes: PagedSizes, units: int, trips: int, full: int, last: int) -> tuple[Part, ...]:
     """Regions of `decode_kernel` in the order of the text, for rows of whole blocks."""
     cores, ahead = sizes.parts, (sizes.depth - 1) * sizes.parts
 
-    def fetch(runs: int, partial: int) -> tuple[Part, ...]:
-        rest = Part("rest of a page", partial, (Part("pages", partial, loop=True),), optional=True)
-        return (Part("copy a full block", runs), Part("copy a part", partial, (rest,)))
+    def fetch(runs: int) -> tuple[Part, ...]:
+        return (Part("copy a full block", runs, optional=True), Part("copy a part", 0, opaque=True))
 
     def move(runs: int) -> Part:
         rows = Part("rows on the way", runs, (Part("row", runs, loop=True),))
@@ -127,17 +123,17 @@ def _our_parts(sizes: PagedSizes, units: int, trips: int, full: int, last: int) 
         "begin",
         cores,
         (
-            Part("zero the buffers", cores * sizes.depth * units, loop=True),
+            Part("zero the buffers", cores * sizes.depth * units // math.gcd(units, 16), loop=True),
             Part(
                 "fill the pipeline",
                 ahead,
-                (Part("any", ahead, (*fetch(ahead, 0), move(0))),),
+                (Part("any", ahead, (*fetch(ahead), Part("next row", 0, opaque=True))),),
                 loop=True,
                 trips=(sizes.depth - 1,),
             ),
         ),
     )
-    short = () if sizes.block_kv <= SHORT else (Part("short trip", 0),)
+    short = () if sizes.block_kv <= SHORT else (Part("short trip", 0, opaque=True),)
     trip = Part(
         "trip",
         trips + cores,
@@ -146,14 +142,14 @@ def _our_parts(sizes: PagedSizes, units: int, trips: int, full: int, last: int) 
             Part("trip, copies hidden", full),
             Part("trip", trips + cores - full),
             *short,
-            Part("other copies", 0, fetch(0, 0)),
+            Part("other copies", 0, opaque=True),
             Part("advance", full, (move(last),)),
         ),
         loop=True,
     )
     drain = tuple(Part(f"unused row {i}", cores) for i in range(1, 7))
     body = (begin, Part("any block", cores, (Part("any trip", cores, (trip,)),)), Part("end", cores, drain))
-    if cores == 1:
+    if cores == 1 or chip == "v5p":  # whose cores each run a program of their own
         return body
     return (Part("grid", cores + 2, (Part("step", cores, body),), loop=True, trips=(cores + 2,)),)
 

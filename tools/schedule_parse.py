@@ -74,6 +74,7 @@ class Part:
         trips: What the trips may be each time the loop is entered, checked where the compiler wrote them down.
         optional: Whether the compiler may do without a branch (a few instructions become conditional themselves, and
             then count with what surrounds them).
+        opaque: Never executed in this case (`runs` is 0), so that what is within does not matter.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Part:
     loop: bool = False
     trips: tuple[int, ...] = ()
     optional: bool = False
+    opaque: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,9 @@ class Schedule:
         return found
 
     def _collect(self, region: Region, part: Part, path: str, found: list[Cost]) -> None:
+        if part.opaque:
+            assert part.runs == 0, f"{part.name} is executed, so its regions matter"
+            return
         shape = [r.kind for r in region.inside]
         inside = part.inside
         if len(shape) < len(inside):

@@ -9,6 +9,7 @@ The new token enters the cache on the way: the block that holds its place is the
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -142,13 +143,18 @@ class Decoder(NamedTuple):
         """Zeroes the buffers: what has never been fetched must not be NaN where weights are 0."""
         memory = self.stream.memory
 
-        def one(index: jax.Array, _: None) -> None:
-            slot, unit = div(index, self.stream.block_units), rem(index, self.stream.block_units)
-            memory.buffer[slot, VALUE, unit] = jnp.zeros(memory.buffer.shape[3:], memory.buffer.dtype)
-            if memory.scales is not None:
-                memory.scale_buffer[slot, unit] = jnp.zeros(memory.scale_buffer.shape[2:], jnp.float32)
+        many = math.gcd(self.stream.block_units, 16)  # enough for the loop itself to cost little
 
-        jax.lax.fori_loop(0, self.stream.sizes.depth * self.stream.block_units, one, None)
+        def some(index: jax.Array, _: None) -> None:
+            first = index * many
+            slot, unit = div(first, self.stream.block_units), rem(first, self.stream.block_units)
+            zeros = jnp.zeros((many, *memory.buffer.shape[3:]), memory.buffer.dtype)
+            memory.buffer[slot, VALUE, pl.ds(unit, many)] = zeros
+            if memory.scales is not None:
+                zeros = jnp.zeros((many, *memory.scale_buffer.shape[2:]), jnp.float32)
+                memory.scale_buffer[slot, pl.ds(unit, many)] = zeros
+
+        jax.lax.fori_loop(0, self.stream.sizes.depth * self.stream.block_units // many, some, None)
 
     def _block(self, which: int, slot: jax.Array, keys: int) -> tuple[jax.Array, list[jax.Array] | None]:
         """The first keys or values of a buffer `[keys, H]`, and their scales, `[1, 128]` for each 128 of them."""
