@@ -163,7 +163,28 @@ def markdown(entries: list[Entry], plot: str) -> str:
         parts.append(f"## {kind.capitalize()}\n\n{HEADER}")
         rows = [entry for entry in entries if entry.request.kind == kind]
         parts.append("\n".join(line(entry, partner(entry, rows)) for entry in rows) + "\n")
+    parts.append(bound_by_memory(entries))
     return "\n".join(parts)
+
+
+def bound_by_memory(entries: list[Entry]) -> str:
+    """Our decode: time of the bytes over time of the schedule."""
+    found = {(e.request.kernel, e.request.tokens, e.request.chip): e for e in entries if e.cycles}
+    rows = [
+        "What of it binds (time of the bytes over time of the schedule, whole call; above 1 memory binds). What is lost in",
+        "short rows is filling the pipeline and taking rows in and out. v4 widens 8-bit numbers slowly.\n",
+        f"| cache | tokens | {' | '.join(CHIPS)} |",
+        "|---|---|" + "---|" * len(CHIPS),
+    ]
+    for kernel in PAGES:
+        for tokens in DECODE["ragged"]:
+            cells = []
+            for chip in CHIPS:
+                entry = found.get((kernel, tokens, chip))
+                seconds = entry.cycles / CHIPS[chip].ghz / 1e9 if entry and entry.cycles else 0
+                cells.append(f"{seconds_of_memory(entry.request, entry.result) / seconds:.2f}" if entry else "")
+            rows.append(f"| {kernel} | {tokens:,} | {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
 
 
 def partner(entry: Entry, rows: list[Entry]) -> Entry | None:
