@@ -171,8 +171,8 @@ def bound_by_memory(entries: list[Entry]) -> str:
     """Our decode: time of the bytes over time of the schedule."""
     found = {(e.request.kernel, e.request.tokens, e.request.chip): e for e in entries if e.cycles}
     rows = [
-        "What of it binds (time of the bytes over time of the schedule, whole call; above 1 memory binds). Lost in short",
-        "rows is what fills the pipeline and takes rows in and out. v4 widens 8-bit numbers slowly.\n",
+        "What of it binds (time of the bytes over time of the schedule, whole call; above 1 memory binds). Lost in",
+        "short rows is what fills the pipeline and takes rows in and out. v4 widens 8-bit numbers slowly.\n",
         f"| cache | tokens | {' | '.join(CHIPS)} |",
         "|---|---|" + "---|" * len(CHIPS),
     ]
