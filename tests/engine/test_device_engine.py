@@ -214,3 +214,35 @@ def test_a_cache_that_cannot_hold_one_context_is_refused(tiny_config: ModelConfi
         ValueError, match="num_pages holds 64 tokens of cache, fewer .* context of 96: set .*=64 or less"
     ):
         make_engine(tiny_config, params, num_pages=2)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(tensor=8), MeshConfig(data=2, tensor=4)])
+def test_a_vocabulary_that_the_mesh_divides_is_sharded_and_changes_nothing(
+    tiny_config: ModelConfig, prompts: list[tuple[int, ...]], mesh: MeshConfig
+) -> None:
+    even = tiny_config.model_copy(update={"vocab_size": 256, "eos_token_ids": (255,), "tie_word_embeddings": True})
+    params = {path: 5 * x for path, x in random_params(even, jax.random.key(4)).items()}
+    runs = [make_engine(even, params, each) for each in (MeshConfig(), mesh)]
+    spec = runs[1].runner._params["embed.embedding"].sharding.spec
+    assert spec[0] == "tensor"
+    one, many = (tokens_of(list(engine.generate(requests_of(prompts)))) for engine in runs)
+    assert one == many
+
+
+def test_log_probabilities_move_with_the_rounding_of_the_cache(
+    tiny_config: ModelConfig, params: Params, prompts: list[tuple[int, ...]]
+) -> None:
+    """int8 keeps a part in 254 of the largest number, float8 a part in 16 or 8 of each: the coarser, the further."""
+    requests = requests_of(prompts, max_tokens=1, logprobs=True)
+
+    def first(dtype: str | None) -> dict[str, float]:
+        engine = make_engine(tiny_config, params, cache_dtype=dtype)
+        return {c.request_id: c.logprobs[0].logprob for c in engine.generate(requests) if c.logprobs}
+
+    exact = first(None)
+    moved = [
+        np.mean([abs(exact[name] - logprob) for name, logprob in first(dtype).items()])
+        for dtype in ("int8", "float8_e4m3fn", "float8_e5m2")
+    ]
+    assert 0 < moved[0] < moved[1] < moved[2]
+    assert moved[0] < 0.1 < moved[2]
