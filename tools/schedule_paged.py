@@ -83,7 +83,14 @@ def _ours(dtype: str, shape: Shape) -> Case:
     """Our decode kernel; the size is the tokens a page. Every core that shares the call has an even part of it."""
     page, width = shape.sizes[0], shape.tokens // shape.sizes[0]
     decode, prefill = paged_sizes(
-        KINDS[shape.chip], groups=HEADS, head_dim=WIDTH, page=page, dtype=dtype, rows=ROWS, table_width=width
+        KINDS[shape.chip],
+        groups=HEADS,
+        head_dim=WIDTH,
+        page=page,
+        dtype=dtype,
+        rows=ROWS,
+        tokens=ROWS,
+        table_width=width,
     )
     units = decode.block_kv // unit_tokens(dtype)
     trips = ROWS * -(-shape.tokens // decode.block_kv)

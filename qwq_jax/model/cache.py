@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from qwq_jax.config.model import ModelConfig
-from qwq_jax.kernels.attention import PagedLayer, is_quantized, scales_shape
+from qwq_jax.kernels.attention import PagedLayer, is_quantized, scales_shape, unit_tokens
 from qwq_jax.sharding import Axes, Layout
 
 # Of both arrays of a layer: pages, what follows, and the head's width are never cut.
@@ -52,9 +52,16 @@ def cache_spec(
     heads = config.num_kv_heads * layout.kv_copies(config.num_heads, config.num_kv_heads)
     on_tpu = layout.mesh.devices.flat[0].platform == "tpu"
     width = -(-config.head_dim // LANES) * LANES if on_tpu else config.head_dim
-    spec = CacheSpec(config.num_layers, (replicas, heads, pages, 2, page_size, width), jnp.dtype(dtype))
-    assert spec.nbytes, "pages that cannot hold the dtype are refused here"
-    return spec
+    unit = unit_tokens(dtype)
+    if on_tpu and (page_size % unit or page_size & (page_size - 1)):
+        raise ValueError(
+            f"pages of {page_size} tokens do not fit the TPU kernel for a {jnp.dtype(dtype)} cache: set "
+            f"engine.page_size to a power of 2 from {unit} on"
+        )
+    shape = (replicas, heads, pages, 2, page_size, width)
+    if is_quantized(dtype):
+        scales_shape(shape)  # refuses pages that runs of scales do not divide
+    return CacheSpec(config.num_layers, shape, jnp.dtype(dtype))
 
 
 def abstract_layer(spec: CacheSpec, layout: Layout) -> Any:

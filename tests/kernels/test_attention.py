@@ -62,9 +62,10 @@ def test_paged_attention_mixes_decode_and_prefill(heads, page, rng):
     check(batch, serve(batch), TOLERANCE)
 
 
+@pytest.mark.parametrize("heads", [(5, 1), (10, 2), (4, 4)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8_e4m3fn", "float8_e5m2"])
-def test_paged_attention_over_narrow_caches(dtype, rng):
-    batch = make_batch(rng, [(130, True), (7, True)], [(3, 9), (120, 24)], heads=(5, 1), page=128, dtype=dtype)
+def test_paged_attention_over_narrow_caches(dtype, heads, rng):
+    batch = make_batch(rng, [(130, True), (7, True)], [(3, 9), (120, 24)], heads=heads, page=128, dtype=dtype)
     check(batch, serve(batch), 4 * TOLERANCE)  # values up to 4 times as large
 
 

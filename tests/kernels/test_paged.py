@@ -201,7 +201,7 @@ def test_pieces_hold_each_token_of_a_run_once(runs, gap, aligned):
     assert not aligned or (np.asarray(pieces.position)[np.asarray(pieces.live)] % size == 0).all()
 
 
-CHIP = {"groups": 5, "head_dim": 128, "dtype": "bfloat16", "rows": 256, "table_width": 1024}
+CHIP = {"groups": 5, "head_dim": 128, "dtype": "bfloat16", "rows": 256, "tokens": 1280, "table_width": 1024}
 
 
 @pytest.mark.parametrize(
@@ -217,6 +217,19 @@ CHIP = {"groups": 5, "head_dim": 128, "dtype": "bfloat16", "rows": 256, "table_w
 def test_what_does_not_fit_is_refused_with_what_would(kind, change, message):
     with pytest.raises(ValueError, match=message):
         paged_sizes(kind, **{**CHIP, **change})
+
+
+def test_blocks_hold_whole_registers_however_short_the_rows():
+    """The engine's smallest table holds a page or two."""
+    for page, width in ((32, 1), (32, 2), (64, 1), (128, 1)):
+        for sizes in paged_sizes("TPU v5 lite", **{**CHIP, "page": page, "table_width": width}):
+            assert sizes.block_kv % 128 == 0
+
+
+@pytest.mark.slow
+def test_a_table_narrower_than_a_block(rng):
+    batch = make_batch(rng, [(5, True), (63, True)], [(0, 20)], heads=(5, 1), page=64, H=128, width=1)
+    check(batch, serve(batch, "on_wait", block=128), TOLERANCE)
 
 
 def test_advice_is_good():

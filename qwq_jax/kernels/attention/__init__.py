@@ -15,6 +15,7 @@ from qwq_jax.kernels.attention.pages import (
     is_quantized,
     scales_shape,
     token_slots,
+    unit_tokens,
 )
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "paged_attention",
     "scales_shape",
     "token_slots",
+    "unit_tokens",
 ]

@@ -19,7 +19,11 @@ from qwq_jax.kernels.attention.ragged import ragged_attention
 
 
 class Implementation(enum.Enum):
-    """AUTO is PALLAS on TPU, CUDNN on GPU for 16-bit `attention` without a log-sum-exp, and REFERENCE elsewhere."""
+    """AUTO is PALLAS on TPU, and elsewhere REFERENCE, or CUDNN where a GPU's can serve.
+
+    That is dense attention of 16-bit inputs without segments (cuDNN would take a mask as long as the square of the row)
+    and without a log-sum-exp.
+    """
 
     AUTO = "auto"
     REFERENCE = "reference"
@@ -71,7 +75,9 @@ def attention(
     Raises:
         ValueError: The named implementation cannot serve this call, or its tiles do not fit the chip.
     """
-    chosen = _choose(implementation, target, q.dtype, {"gpu": Implementation.CUDNN})
+    chosen = _choose(implementation, target)
+    if implementation is Implementation.AUTO and _cudnn_serves(q, target) and segment_ids is None:
+        chosen = Implementation.CUDNN
     if chosen is Implementation.CUDNN:
         return _cudnn(q, k, v, segment_ids, scale, target)
     return attention_with_lse(q, k, v, segment_ids, scale=scale, target=target, implementation=chosen)[0]
@@ -88,7 +94,7 @@ def attention_with_lse(
     implementation: Implementation = Implementation.AUTO,
 ) -> tuple[jax.Array, jax.Array]:
     """As `attention`, and the natural logarithm of the softmax's denominator, `[B, N, T]` float32."""
-    chosen = _choose(implementation, target, q.dtype, {})
+    chosen = _choose(implementation, target)
     if chosen is Implementation.REFERENCE:
         return reference.attention(q, k, v, segment_ids, scale=scale)
     if chosen is not Implementation.PALLAS:
@@ -133,7 +139,7 @@ def paged_attention(
     Raises:
         ValueError: The named implementation cannot serve this call, or its tiles do not fit the chip.
     """
-    chosen = _choose(implementation, target, q.dtype, {})
+    chosen = _choose(implementation, target)
     if chosen is Implementation.REFERENCE:
         return reference.paged_attention(
             q, k, v, layer, rows, scale=scale, decode_rows=decode_rows, max_query=max_query
@@ -147,7 +153,8 @@ def paged_attention(
         head_dim=layer.kv.shape[4],
         page=layer.kv.shape[3],
         dtype=layer.kv.dtype,
-        rows=max(rows.kv_length.shape[0], q.shape[0] // 32),
+        rows=decode_rows,
+        tokens=q.shape[0],
         table_width=rows.page_table.shape[1],
     )
     return ragged_attention(
@@ -165,16 +172,10 @@ def paged_attention(
     )
 
 
-def _choose(
-    implementation: Implementation, target: Target, dtype: Any, others: dict[str, Implementation]
-) -> Implementation:
+def _choose(implementation: Implementation, target: Target) -> Implementation:
     if implementation is not Implementation.AUTO:
         return implementation
-    if target.platform == "tpu":
-        return Implementation.PALLAS
-    if jnp.dtype(dtype).itemsize == 2:
-        return others.get(target.platform, Implementation.REFERENCE)
-    return Implementation.REFERENCE
+    return Implementation.PALLAS if target.platform == "tpu" else Implementation.REFERENCE
 
 
 def _need_tpu(target: Target) -> None:
@@ -182,13 +183,18 @@ def _need_tpu(target: Target) -> None:
         raise ValueError(f"the Pallas kernels are for TPU, not for {target.platform}; use implementation reference")
 
 
+def _cudnn_serves(q: jax.Array, target: Target) -> bool:
+    narrow = q.dtype in (jnp.bfloat16, jnp.float16)
+    return target.platform == "gpu" and narrow and q.shape[3] <= LANES and q.shape[3] % 8 == 0
+
+
 def _cudnn(
     q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, scale: float, target: Target
 ) -> jax.Array:
-    if target.platform != "gpu" or q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[3] > LANES:
+    if not _cudnn_serves(q, target):
         raise ValueError(
-            f"cuDNN attention needs a GPU, 16-bit inputs and heads of at most {LANES}, not {target.platform}, "
-            f"{q.dtype} and {q.shape[3]}"
+            f"cuDNN attention needs a GPU, 16-bit inputs and heads of a multiple of 8 up to {LANES}, not "
+            f"{target.platform}, {q.dtype} and {q.shape[3]}"
         )
     mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None])[:, None]
     return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=True, implementation="cudnn")

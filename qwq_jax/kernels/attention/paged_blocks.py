@@ -49,7 +49,7 @@ DEPTH = {"decode": 4, "prefill": 2}
 
 
 def paged_sizes(
-    device_kind: str, *, groups: int, head_dim: int, page: int, dtype: Any, rows: int, table_width: int
+    device_kind: str, *, groups: int, head_dim: int, page: int, dtype: Any, rows: int, tokens: int, table_width: int
 ) -> tuple[PagedSizes, PagedSizes]:
     """Tiles for decode and for chunks of prompts.
 
@@ -59,7 +59,8 @@ def paged_sizes(
         head_dim: Of the cache, a multiple of 128.
         page: Tokens a page.
         dtype: Of the cache.
-        rows: Tiles a call, local kv heads left out.
+        rows: Rows that decode.
+        tokens: Flat tokens of the batch.
         table_width: Pages of the longest row.
 
     Raises:
@@ -75,7 +76,7 @@ def paged_sizes(
             f"pages of {page} tokens do not fit the TPU kernel for a {jnp.dtype(dtype)} cache: use a power of 2 from "
             f"{unit} on"
         )
-    needed = smem_bytes(rows, table_width)
+    needed = smem_bytes(max(rows, tokens // 8), table_width)
     if needed > SMEM_BYTES:
         raise ValueError(
             f"{rows} rows of up to {table_width} pages need {needed >> 10} KiB of scalar memory, and a core has "
@@ -115,8 +116,8 @@ def _tiles(
 
 
 def _whole_pages(block: int, page: int, table_width: int) -> int:
-    """The multiple of a page nearest below `block`, no longer than the longest row, at least a page."""
-    return max(1, min(block // page, 1 << (table_width - 1).bit_length())) * page
+    """The multiple of a page nearest below `block`, no longer than the longest row, at least a page and 128 keys."""
+    return max(1, LANES // page, min(block // page, 1 << (table_width - 1).bit_length())) * page
 
 
 def vmem_bytes(sizes: PagedSizes, *, rows: int, groups: int, head_dim: int, dtype: Any) -> int:

@@ -21,8 +21,8 @@ def check_pages(layer: PagedLayer, sizes: PagedSizes) -> None:
         raise ValueError(f"pages of {page} tokens do not fit the TPU kernel: use a power of 2 from {unit} on")
     if H % LANES:
         raise ValueError(f"the paged TPU kernel needs a cache with heads a multiple of {LANES} wide, not {H}")
-    if sizes.block_kv % page:
-        raise ValueError(f"pages of {page} tokens do not divide blocks of {sizes.block_kv}")
+    if sizes.block_kv % page or sizes.block_kv % LANES:
+        raise ValueError(f"blocks of {sizes.block_kv} are no multiple of {LANES} and of pages of {page} tokens")
 
 
 def ragged_attention(

@@ -1,7 +1,7 @@
 """Attention in plain jnp: the contract of every kernel beside it, and the path that a CPU takes.
 
-Scores, softmax and the weighted sum are float32 whatever the dtype of the inputs: attention over 131,072 keys in
-bfloat16 loses the small probabilities that long reasoning lives on.
+Scores, softmax and the sums are float32 whatever the dtype of the inputs (only the weights that enter a product take
+it): attention over 131,072 keys summed in bfloat16 loses the small probabilities that long reasoning lives on.
 """
 
 from typing import Any
@@ -76,7 +76,7 @@ def _attend_rows(
         pages = layer.kv.at[:, page_table, which].get(mode="clip").reshape(K, B, S, H)
         if layer.scales is None:
             return pages.astype(q.dtype)
-        scales = layer.scales.at[:, page_table, :, which].get(mode="clip").reshape(K, B, S, 1)
+        scales = layer.scales[:, :, :, which].at[:, page_table].get(mode="clip").reshape(K, B, S, 1)
         return (pages.astype(jnp.float32) * scales).astype(q.dtype)
 
     rows = q.reshape(B, T, K, N // K, H).transpose(2, 0, 1, 3, 4).reshape(K, B, T * (N // K), H)
