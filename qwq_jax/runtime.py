@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ __all__ = ["Interrupted", "StopRequested", "default_compute_dtype", "hide_abando
 _DEVICE_COUNT_FLAG = re.compile(r"--xla_force_host_platform_device_count=\d+\s*")
 # Faster compilations are cheaper to repeat than to look up.
 _WORTH_CACHING_SECONDS = 0.5
+_GOOGLE = "0x1ae0"
 _ABANDONED = ("Event loop is closed", "Encountered error while reading array index")
 
 
@@ -38,11 +40,24 @@ def start(*, simulate_devices: int | None = None, distributed: bool = False) -> 
         _simulate(simulate_devices)
     if distributed:
         _join_processes()
+    elif simulate_devices is None and not os.environ.get("JAX_PLATFORMS") and tpu_is_only_compiled_for():
+        jax.config.update("jax_platforms", "cpu")
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(_cache_directory() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_CACHING_SECONDS)
     log_to_stderr()
     hide_abandoned_reads()
+
+
+def tpu_is_only_compiled_for(devices: Path = Path("/sys/bus/pci/devices")) -> bool:
+    """Whether libtpu is here, but no TPU and no GPU: asked for devices, it would complain for a page.
+
+    Args:
+        devices: Where Linux lists what is on the bus; TPUs are of Google's vendor number, as some of its network cards.
+    """
+    if find_spec("libtpu") is None or any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        return False
+    return all(vendor.read_text().strip() != _GOOGLE for vendor in devices.glob("*/vendor"))
 
 
 def default_compute_dtype() -> Literal["float32", "bfloat16"]:

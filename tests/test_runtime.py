@@ -83,3 +83,13 @@ Failing("something else")
 """
     error = run(code).stderr
     assert "Event loop is closed" not in error and error.count("RuntimeError: something else") == 1
+
+
+@pytest.mark.parametrize(
+    ("vendor", "libtpu", "expected"), [("0x8086", True, True), ("0x1ae0", True, False), ("0x8086", False, False)]
+)
+def test_a_compiler_for_tpus_is_not_taken_for_a_tpu(tmp_path, monkeypatch, vendor, libtpu, expected):
+    (tmp_path / "0000:00:01.0").mkdir()
+    (tmp_path / "0000:00:01.0" / "vendor").write_text(f"{vendor}\n")
+    monkeypatch.setattr(runtime, "find_spec", lambda name: object() if name == "libtpu" and libtpu else None)
+    assert runtime.tpu_is_only_compiled_for(tmp_path) is expected

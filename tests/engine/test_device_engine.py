@@ -245,3 +245,15 @@ def test_log_probabilities_move_with_the_rounding_of_the_cache(
         for dtype in ("int8", "float8_e4m3fn", "float8_e5m2")
     ]
     assert 0 < moved[0] < moved[1] < moved[2]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_an_8_bit_cache_answers_alike_whatever_its_pages(
+    tiny_config: ModelConfig, params: Params, prompts: list[tuple[int, ...]], dtype: str
+) -> None:
+    runs = [{"page_size": 16}, {"page_size": 32, "max_sequences": 3}, {"page_size": 96, "prefill_chunk": 64}]
+    answers = [
+        tokens_of(list(make_engine(tiny_config, params, cache_dtype=dtype, **run).generate(requests_of(prompts))))
+        for run in runs
+    ]
+    assert answers[0] == answers[1] == answers[2]
