@@ -62,9 +62,11 @@ def test_paged_attention_mixes_decode_and_prefill(heads, page, rng):
     check(batch, serve(batch), TOLERANCE)
 
 
-@pytest.mark.parametrize("heads", [(5, 1), (10, 2), (4, 4)])
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8_e4m3fn", "float8_e5m2"])
-def test_paged_attention_over_narrow_caches(dtype, heads, rng):
+@pytest.mark.parametrize(
+    ("heads", "dtype"),
+    [((5, 1), "bfloat16"), ((10, 2), "int8"), ((4, 4), "float8_e4m3fn"), ((10, 2), "float8_e5m2")],
+)
+def test_paged_attention_over_narrow_caches(heads, dtype, rng):
     batch = make_batch(rng, [(130, True), (7, True)], [(3, 9), (120, 24)], heads=heads, page=128, dtype=dtype)
     check(batch, serve(batch), 4 * TOLERANCE)  # values up to 4 times as large
 
