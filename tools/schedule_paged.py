@@ -1,7 +1,7 @@
 """Cases of paged attention for `kernel_schedule`: 16 rows that decode a token each, all with a context of T tokens.
 
-5 query heads of 128 over one kv head, bf16, pages of 128 tokens. The kernels fetch pages themselves, so what counts is
-the bundles of the body of the inner loop (one block of keys of one row) against the time its bytes take.
+5 query heads of 128 over one kv head; pages of 128 tokens in bf16 for jax's, others and 8-bit caches too for ours. The
+kernels fetch pages themselves, so what counts is the bundles of the loop's body against the time its bytes take.
 
 A new kernel: a function `Shape -> Case` as in `schedule_cases`, entered in PAGED.
 """

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from kernel_schedule import CHIPS, Request, measure
+from schedule_paged import KINDS
 from schedule_report import binding, hottest, seconds_of_memory
 
 from qwq_jax.kernels.attention.blocks import tile_sizes
 
-KINDS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
 LENGTHS = (8192, 32768)
 # The best of a search over blocks of 256 to 4096 that compile, on v5e and v6e; on other chips those of the nearest one.
 # Forward: block_q, block_kv, block_kv_compute. Backward: the same for dk and dv, then block_q and block_kv for dq.
@@ -135,8 +135,8 @@ the larger one, as in decode on v5e, memory binds. XLA operations around the ker
 out)`, the same for all, and for `splash_fused` also the sum over its parts of dq, the temporary that grows with the
 square of the length.
 
-Our tiles are those of
-`qwq_jax/kernels/attention/blocks.py`, searched on v5e and v6e like the peers', on powers of two and not exhaustively:
+Our tiles are those of `qwq_jax/kernels/attention/blocks.py` (decode: `paged_blocks.py` beside it), searched on v5e and
+v6e like the peers', on powers of two and not exhaustively:
 
 - splash forward, 8k: 28 sizes on v5e and 14 on v6e, blocks of 512 to 4096; 32k: 5 and 4; on v4 4, at 8k;
 - splash backward, 8k: fused 8 and 7 sizes, two kernels 5 and 4, blocks of 512 to 2048; on v4 two of each, 8k; fused at

@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from qwq_jax.config.model import ModelConfig
-from qwq_jax.kernels.attention import PagedLayer, is_quantized, scales_shape, unit_tokens
+from qwq_jax.kernels.attention import LANES, PagedLayer, check_page, is_quantized, scales_shape
 from qwq_jax.sharding import Axes, Layout
 
 # Of both arrays of a layer: pages, what follows, and the head's width are never cut.
 CACHE_AXES: Axes = ("replica", "kv_shared", None, None, None, None)
-LANES = 128  # width of a TPU's registers, below which a head cannot be copied
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,8 @@ class CacheSpec:
     """Shape of a cache: every layer holds keys and values `[replicas, K', pages, 2, page_size, H']`.
 
     K' is K, or more where kv heads are shared by tensor shards (`Layout.kv_copies`). H' is the head dimension, on TPU
-    a multiple of 128. An 8-bit cache has float32 scales beside it, one a token, kv head, and key or value.
+    a multiple of LANES, the width of its registers. An 8-bit cache has float32 scales beside it, one a token, kv head,
+    and key or value.
     """
 
     num_layers: int
@@ -52,12 +52,8 @@ def cache_spec(
     heads = config.num_kv_heads * layout.kv_copies(config.num_heads, config.num_kv_heads)
     on_tpu = layout.mesh.devices.flat[0].platform == "tpu"
     width = -(-config.head_dim // LANES) * LANES if on_tpu else config.head_dim
-    unit = unit_tokens(dtype)
-    if on_tpu and (page_size % unit or page_size & (page_size - 1)):
-        raise ValueError(
-            f"pages of {page_size} tokens do not fit the TPU kernel for a {jnp.dtype(dtype)} cache: set "
-            f"engine.page_size to a power of 2 from {unit} on"
-        )
+    if on_tpu:
+        check_page(page_size, dtype)
     shape = (replicas, heads, pages, 2, page_size, width)
     if is_quantized(dtype):
         scales_shape(shape)  # refuses pages that runs of scales do not divide

@@ -8,18 +8,20 @@ from qwq_jax.kernels.attention.dispatch import (
     attention_with_lse,
     paged_attention,
 )
+from qwq_jax.kernels.attention.flash import LANES
 from qwq_jax.kernels.attention.pages import (
     PagedLayer,
     PagedOutput,
     RaggedRows,
+    check_page,
     is_quantized,
     scales_shape,
     token_slots,
-    unit_tokens,
 )
 
 __all__ = [
     "CPU",
+    "LANES",
     "Implementation",
     "PagedLayer",
     "PagedOutput",
@@ -27,9 +29,9 @@ __all__ = [
     "Target",
     "attention",
     "attention_with_lse",
+    "check_page",
     "is_quantized",
     "paged_attention",
     "scales_shape",
     "token_slots",
-    "unit_tokens",
 ]

@@ -142,7 +142,6 @@ class Decoder(NamedTuple):
     def clear(self) -> None:
         """Zeroes the buffers: what has never been fetched must not be NaN where weights are 0."""
         memory = self.stream.memory
-
         many = math.gcd(self.stream.block_units, 16)  # enough for the loop itself to cost little
 
         def some(index: jax.Array, _: None) -> None:
@@ -156,17 +155,9 @@ class Decoder(NamedTuple):
 
         jax.lax.fori_loop(0, self.stream.sizes.depth * self.stream.block_units // many, some, None)
 
-    def _block(self, which: int, slot: jax.Array, keys: int) -> tuple[jax.Array, list[jax.Array] | None]:
-        """The first keys or values of a buffer `[keys, H]`, and their scales, `[1, 128]` for each 128 of them."""
-        memory, units = self.stream.memory, keys // self.stream.unit
-        block = memory.buffer[slot, which, :units].reshape(keys, -1)
-        if memory.scales is None:
-            return block, None
-        return block, [memory.scale_buffer[slot, i, which : which + 1, :] for i in range(units)]
-
     def _scores(self, item: Item, keys: int) -> list[jax.Array]:
         """Scores of an item's first keys, `[R, 128]` for each 128 of them; those past the row's end are masked."""
-        k, scales = self._block(KEY, rem(item.number, self.stream.sizes.depth), keys)
+        k, scales = self.stream.block(KEY, rem(item.number, self.stream.sizes.depth), keys)
         q = self.q[item.tile]
         if self.q_scale is None:
             scores = row_dot(q, k.astype(q.dtype))
@@ -191,7 +182,7 @@ class Decoder(NamedTuple):
         m = jnp.where(first, START, self.m[at])
         m_next = jnp.maximum(m, jnp.max(held, axis=1, keepdims=True))
         scores = self._scores(now, keys)
-        v, scales = self._block(VALUE, rem(before.number, self.stream.sizes.depth), keys)
+        v, scales = self.stream.block(VALUE, rem(before.number, self.stream.sizes.depth), keys)
         alpha = jnp.exp2((m - m_next) * factor)
         pieces = [jnp.exp2((held[:, i : i + LANES] - m_next) * factor) for i in range(0, keys, LANES)]
         self.m[at] = m_next

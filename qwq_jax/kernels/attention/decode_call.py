@@ -11,8 +11,8 @@ from jax.experimental.pallas import tpu as pltpu
 from qwq_jax.kernels.attention.decode import FLOAT8_MAX, decode_kernel, two_terms
 from qwq_jax.kernels.attention.flash import LANES, START
 from qwq_jax.kernels.attention.pages import PagedLayer, to_cache
-from qwq_jax.kernels.attention.stream import PagedSizes, stream_scratch
-from qwq_jax.kernels.attention.tiles import Tiles, make_tiles, page_rows
+from qwq_jax.kernels.attention.stream import PagedSizes, compiler_params, stream_scratch
+from qwq_jax.kernels.attention.tiles import Tiles, make_tiles, merge_parts, page_rows
 
 
 class New(NamedTuple):
@@ -78,10 +78,9 @@ def attend_decode(
     R = G + -G % 8
     row = jnp.arange(n, dtype=jnp.int32)
     tiles = make_tiles(row, length - 1, length, block=sizes.block_kv, kv_heads=K, parts=parts)
-    padded = jnp.pad(q, ((0, 0), (0, 0), (0, R - G), (0, 0)))
-    queries = {"q": padded}
+    queries = {"q": jnp.pad(q, ((0, 0), (0, 0), (0, R - G), (0, 0)))}
     if sizes.float8:
-        queries["q"], queries["q_scale"] = _query_terms(padded)
+        queries["q"], queries["q_scale"] = _query_terms(queries["q"])
     sums, pool = _call(tiles, queries, new, pool, page_rows(table), scale=scale, sizes=sizes, interpret=interpret)
     acc, m, total = (x[:, :, :, :G] for x in sums)
     # A part leaves the rows that it has no block of as they were in memory.
@@ -91,10 +90,7 @@ def attend_decode(
     total = jnp.where(touched, jnp.sum(total, axis=-1), 1.0)
     lse = jnp.where(touched, m[..., 0] * scale + jnp.log(total), START)
     out = jnp.where(touched[..., None], acc / total[..., None], 0.0)
-    if parts > 1:  # each part saw other keys: its share is its part of the denominator
-        out, lse = jnp.einsum("pknr,pknrh->knrh", jax.nn.softmax(lse, axis=0), out), jax.nn.logsumexp(lse, axis=0)
-    else:
-        out, lse = out[0], lse[0]
+    out, lse = merge_parts(out, lse)
     return out.astype(q.dtype), lse, pool
 
 
@@ -149,12 +145,7 @@ def _call(
             *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in pools.values()),
         ],
         input_output_aliases={len(scalars) + 1 + i: len(sums) + i for i in range(len(pools))},
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=100 << 20,
-            # A check costs as much as starting a copy; the tests run with the interpreter's.
-            disable_bounds_checks=True,
-        ),
+        compiler_params=compiler_params("parallel", "arbitrary"),
         interpret=interpret,
         name="paged_decode",
     )(*scalars.values(), *inputs.values())

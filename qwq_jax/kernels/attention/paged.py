@@ -51,16 +51,11 @@ def _take_block(
     stream: Stream, softmax: Softmax, q: jax.Array, slot: jax.Array, keys: int, *, factor: float, limits: Any = None
 ) -> None:
     """One block, or its first `keys`; `limits` is None if all are visible, else the mask and how many there are."""
-    memory, units = stream.memory, keys // stream.unit
-    k, v = (memory.buffer[slot, which, :units].reshape(keys, -1) for which in (KEY, VALUE))
+    (k, key_scales), (v, value_scales) = (stream.block(which, slot, keys) for which in (KEY, VALUE))
     if limits is not None:  # what lies past the row's end may be NaN, and 0 x NaN is NaN
         v = merge_rows(v, jnp.zeros((keys * v.dtype.itemsize // 4, v.shape[1]), jnp.int32), limits[1], keys)
     scores, v = row_dot(q, k.astype(q.dtype)), v.astype(q.dtype)
-    value_scales = None
-    if memory.scales is not None:
-        key_scales, value_scales = (
-            [memory.scale_buffer[slot, i, which : which + 1, :] for i in range(units)] for which in (KEY, VALUE)
-        )
+    if key_scales is not None and value_scales is not None:
         parts = [scores[:, i * LANES : (i + 1) * LANES] * scale for i, scale in enumerate(key_scales)]
         scores = jnp.concatenate(parts, axis=1)
         if limits is not None:
@@ -76,62 +71,57 @@ def paged_kernel(*refs, names: tuple[str, ...], sizes: PagedSizes, kv_heads: int
     ref: Any = dict(zip(names, refs, strict=True)).get
     tiles = Tiles(*(ref(name) for name in Tiles._fields))
     stream = Stream(tiles, Memory(*(ref(name) for name in Memory._fields)), sizes, kv_heads)
-    softmax = Softmax(ref("m"), ref("l"), ref("acc"))
+    softmax = Softmax(*(ref(name) for name in Softmax._fields))
     q_ref, o_ref, lse_ref = ref("q"), ref("o"), ref("lse")
-    part, head, step = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    part, head, tile = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     low, high = tiles.bounds[part], tiles.bounds[part + 1]
     rows, block, factor = o_ref.shape[1], sizes.block_kv, scale * LOG2_E
     # A block that is not full is taken in the smallest of these that holds its keys.
     classes = [block >> i for i in range(block.bit_length()) if i == 0 or block >> i >= SMALLEST]
 
-    @pl.when((head == 0) & (step == 0) & (high > low))
+    @pl.when((head == 0) & (tile == 0) & (high > low))
     def _() -> None:
         stream.begin(part)
 
-    def one_tile(tile: jax.Array) -> None:
-        first_item = head * tiles.start[stream.count] + tiles.start[tile]
-        blocks, length, first = tiles.start[tile + 1] - tiles.start[tile], tiles.length[tile], tiles.first[tile]
-        softmax.clear()
+    first_item = head * tiles.start[stream.count] + tiles.start[tile]
+    blocks, length, first = tiles.start[tile + 1] - tiles.start[tile], tiles.length[tile], tiles.first[tile]
+    softmax.clear()
 
-        def one_block(j: jax.Array, _: None) -> None:
-            slot = rem(first_item + j, sizes.depth)
-            take = functools.partial(_take_block, stream, softmax, q_ref[0], slot, factor=factor)
-            left = length - j * block
-            whole = (j + 1) * block <= first + 1  # the first query sees the block's last key
-            steady = whole & stream.next_is_full(part)
-            more = stream.memory.cursor[ITEM] < high
-            stream.wait(slot, stream.units(tile, j))
+    def one_block(j: jax.Array, _: None) -> None:
+        slot = rem(first_item + j, sizes.depth)
+        take = functools.partial(_take_block, stream, softmax, q_ref[0], slot, factor=factor)
+        left = length - j * block
+        whole = (j + 1) * block <= first + 1  # the first query sees the block's last key
+        steady = whole & stream.next_is_full(part)
+        more = stream.memory.cursor[ITEM] < high
+        stream.wait(slot, stream.units(tile, j))
 
-            @pl.when(steady)
-            def _() -> None:
-                take(block)
-                stream.start_full()
+        @pl.when(steady)
+        def _() -> None:
+            take(block)
+            stream.start_full()
 
-            pl.when(~steady & more)(stream.start)
-            pl.when(~steady & whole)(lambda: take(block))
-            for keys, smaller in zip(classes, [*classes[1:], 0], strict=True):
+        pl.when(~steady & more)(stream.start)
+        pl.when(~steady & whole)(lambda: take(block))
+        for keys, smaller in zip(classes, [*classes[1:], 0], strict=True):
 
-                @pl.when(~whole & (left > smaller) & ((left <= keys) | (keys == block)))
-                def _(keys: int = keys) -> None:
-                    key = j * block + jax.lax.broadcasted_iota(jnp.int32, (rows, keys), 1)
-                    query = first + (jax.lax.broadcasted_iota(jnp.int32, (rows, keys), 0) & (sizes.block_q - 1))
-                    visible = (key <= query) & (key < length)
-                    take(keys, limits=(visible, jnp.minimum(left, keys)))
+            @pl.when(~whole & (left > smaller) & ((left <= keys) | (keys == block)))
+            def _(keys: int = keys) -> None:
+                key = j * block + jax.lax.broadcasted_iota(jnp.int32, (rows, keys), 1)
+                query = first + (jax.lax.broadcasted_iota(jnp.int32, (rows, keys), 0) & (sizes.block_q - 1))
+                visible = (key <= query) & (key < length)
+                take(keys, limits=(visible, jnp.minimum(left, keys)))
 
-            pl.when(more)(lambda: stream.advance(part))
+        pl.when(more)(lambda: stream.advance(part))
 
-        begin, end = (jnp.clip(bound - first_item, 0, blocks) for bound in (low, high))
-        jax.lax.fori_loop(begin, end, one_block, None)
-        total = jnp.broadcast_to(jnp.sum(softmax.total[...], axis=1, keepdims=True), softmax.total.shape)
-        seen = total > 0
-        share = lanes(jnp.where(seen, 1.0 / total, 0.0), softmax.acc.shape[1])
-        o_ref[0] = (softmax.acc[...] * share).astype(o_ref.dtype)
-        if lse_ref is not None:
-            lse = jnp.where(seen, softmax.m[...] * scale + jnp.log(total), START)
-            lse_ref[0] = lse.T[:1]
+    begin, end = (jnp.clip(bound - first_item, 0, blocks) for bound in (low, high))
+    jax.lax.fori_loop(begin, end, one_block, None)
+    total = jnp.broadcast_to(jnp.sum(softmax.total[...], axis=1, keepdims=True), softmax.total.shape)
+    seen = total > 0
+    share = lanes(jnp.where(seen, 1.0 / total, 0.0), softmax.acc.shape[1])
+    o_ref[0] = (softmax.acc[...] * share).astype(o_ref.dtype)
+    lse_ref[0] = jnp.where(seen, softmax.m[...] * scale + jnp.log(total), START).T[:1]
 
-    one_tile(step)
-
-    @pl.when((head == pl.num_programs(1) - 1) & (step == pl.num_programs(2) - 1) & (high > low))
+    @pl.when((head == pl.num_programs(1) - 1) & (tile == pl.num_programs(2) - 1) & (high > low))
     def _() -> None:
         stream.end()

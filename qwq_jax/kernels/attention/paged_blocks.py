@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from qwq_jax.kernels.attention.blocks import MEGACORES, find_chip, vmem_limit
 from qwq_jax.kernels.attention.decode import TERM_ROWS
 from qwq_jax.kernels.attention.flash import LANES
-from qwq_jax.kernels.attention.pages import is_quantized, unit_tokens
+from qwq_jax.kernels.attention.pages import check_page, is_quantized, unit_tokens
 from qwq_jax.kernels.attention.stream import RING, PagedSizes
 
 SMEM_BYTES = 1 << 20
@@ -44,7 +44,7 @@ TABLE = (
     Row(("TPU v4",), 2, 2048, 64, 512, "compiles within 16 MiB of VMEM"),
     Row(("TPU v4",), 1, 1024, 64, 512, "compiles within 16 MiB of VMEM; this chip has no 8-bit products"),
 )
-# A float32 cache, for tests, takes half a 16-bit one's block.
+# A float32 cache, for tests, takes half a 16-bit one's decode block.
 DEPTH = {"decode": 4, "prefill": 2}
 
 
@@ -71,21 +71,15 @@ def paged_sizes(
     row = next(row for row in TABLE if chip in row.chips and row.itemsize == min(itemsize, 2))
     row = replace(row, decode_block=row.decode_block // max(1, itemsize // 2))
     unit = unit_tokens(dtype)
-    if page % unit or page & (page - 1):
-        raise ValueError(
-            f"pages of {page} tokens do not fit the TPU kernel for a {jnp.dtype(dtype)} cache: use a power of 2 from "
-            f"{unit} on"
-        )
+    check_page(page, dtype)
     needed = smem_bytes(max(rows, tokens // 8), table_width)
     if needed > SMEM_BYTES:
         raise ValueError(
             f"{rows} rows of up to {table_width} pages need {needed >> 10} KiB of scalar memory, and a core has "
             f"{SMEM_BYTES >> 10} KiB: use larger pages or at most {_most_rows(table_width)} rows"
         )
-    limit, need = (
-        vmem_limit(chip),
-        functools.partial(vmem_bytes, rows=rows, groups=groups, head_dim=head_dim, dtype=dtype),
-    )
+    limit = vmem_limit(chip)
+    need = functools.partial(vmem_bytes, rows=rows, groups=groups, head_dim=head_dim, dtype=dtype)
     decode, prefill = _tiles(row, chip, page, table_width, need)
     if max(need(decode), need(prefill)) > limit:
         smaller = page // 2

@@ -95,6 +95,16 @@ def unit_tokens(dtype: Any) -> int:
     return SCALE_RUN if is_quantized(dtype) else 32
 
 
+def check_page(page: int, dtype: Any) -> None:
+    """Raises ValueError, with what would work, if the TPU kernels cannot serve pages of this many tokens."""
+    unit = unit_tokens(dtype)
+    if page % unit or page & (page - 1):
+        raise ValueError(
+            f"pages of {page} tokens do not fit the TPU kernel for a {jnp.dtype(dtype)} cache: set page_size to "
+            f"a power of 2 from {unit} on"
+        )
+
+
 def scales_shape(kv_shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of the scales of a pool `[..., P, 2, page, H]`."""
     *outer, two, page, _ = kv_shape

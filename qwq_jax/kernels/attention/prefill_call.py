@@ -9,10 +9,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qwq_jax.kernels.attention.flash import LANES
-from qwq_jax.kernels.attention.paged import paged_kernel
+from qwq_jax.kernels.attention.paged import Softmax, paged_kernel
 from qwq_jax.kernels.attention.pages import PagedLayer, RaggedRows
-from qwq_jax.kernels.attention.stream import PagedSizes, stream_scratch
-from qwq_jax.kernels.attention.tiles import chunk_runs, cut_runs, make_tiles, page_rows
+from qwq_jax.kernels.attention.stream import PagedSizes, compiler_params, stream_scratch
+from qwq_jax.kernels.attention.tiles import chunk_runs, cut_runs, make_tiles, merge_parts, page_rows
 
 
 def attend_chunks(
@@ -73,16 +73,15 @@ def _attend_tiles(
     Returns:
         `[K, n, R, H]` and log-sum-exp `[K, n, R]`.
     """
-    (K, n, R, H), parts, taller = q.shape, sizes.parts, -q.shape[2] % 8
+    (K, n, R, H), parts = q.shape, sizes.parts
+    assert R % 8 == 0, "a tile has at least 8 query tokens"
     tiles = make_tiles(*places, block=sizes.block_kv, kv_heads=K, parts=parts)
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, taller), (0, 0)))
-    tall = R + taller
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     apart = lambda *shape: pl.BlockSpec((None, None, 1, *shape), lambda p, h, i, *_: (p, h, i, *[0] * len(shape)))  # noqa: E731
     pools = {name: x for name, x in pool._asdict().items() if x is not None}
     inputs = {"table": page_rows(table), "q": q, **pools}
-    outputs = {"o": (q.dtype if parts == 1 else jnp.float32, (tall, H)), "lse": (jnp.float32, (1, tall))}
-    states = {name: pltpu.VMEM((tall, width), jnp.float32) for name, width in (("m", LANES), ("l", LANES), ("acc", H))}
+    outputs = {"o": (q.dtype if parts == 1 else jnp.float32, (R, H)), "lse": (jnp.float32, (1, R))}
+    states = {name: pltpu.VMEM((R, H if name == "acc" else LANES), jnp.float32) for name in Softmax._fields}
     scratch = stream_scratch(pool, sizes, inputs["table"].shape[-1]) | states
     out, lse = pl.pallas_call(
         functools.partial(
@@ -91,23 +90,14 @@ def _attend_tiles(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(tiles),
             grid=(parts, K, n),
-            in_specs=[hbm, pl.BlockSpec((None, 1, tall, H), lambda p, h, i, *_: (h, i, 0, 0)), *[hbm] * len(pools)],
+            in_specs=[hbm, pl.BlockSpec((None, 1, R, H), lambda p, h, i, *_: (h, i, 0, 0)), *[hbm] * len(pools)],
             out_specs=[apart(*shape) for _, shape in outputs.values()],
             scratch_shapes=list(scratch.values()),
         ),
         out_shape=[jax.ShapeDtypeStruct((parts, K, n, *shape), dtype) for dtype, shape in outputs.values()],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=100 << 20,
-            # A check costs as much as starting a copy; the tests run with the interpreter's.
-            disable_bounds_checks=True,
-        ),
+        compiler_params=compiler_params("parallel", "arbitrary", "arbitrary"),
         interpret=interpret,
         name="paged_prefill",
     )(*tiles, *inputs.values())
-    lse = lse[:, :, :, 0]
-    if parts > 1:  # each part saw other keys: its share is its part of the denominator
-        out, lse = jnp.einsum("pknr,pknrh->knrh", jax.nn.softmax(lse, axis=0), out), jax.nn.logsumexp(lse, axis=0)
-    else:
-        out, lse = out[0], lse[0]
-    return out[:, :, :R].astype(q.dtype), lse[:, :, :R]
+    out, lse = merge_parts(out, lse[:, :, :, 0])
+    return out.astype(q.dtype), lse

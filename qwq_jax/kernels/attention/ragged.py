@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from qwq_jax.kernels.attention.append import append_chunks
 from qwq_jax.kernels.attention.decode_call import New, attend_decode
 from qwq_jax.kernels.attention.flash import LANES
-from qwq_jax.kernels.attention.pages import PagedLayer, PagedOutput, RaggedRows, unit_tokens, widen
+from qwq_jax.kernels.attention.pages import PagedLayer, PagedOutput, RaggedRows, check_page, unit_tokens, widen
 from qwq_jax.kernels.attention.prefill_call import attend_chunks
 from qwq_jax.kernels.attention.stream import PagedSizes
 
@@ -16,9 +16,7 @@ from qwq_jax.kernels.attention.stream import PagedSizes
 def check_pages(layer: PagedLayer, sizes: PagedSizes) -> None:
     """Raises ValueError, with what would work, if the kernels cannot serve this pool."""
     *_, page, H = layer.kv.shape
-    unit = unit_tokens(layer.kv.dtype)
-    if page % unit or page & (page - 1):
-        raise ValueError(f"pages of {page} tokens do not fit the TPU kernel: use a power of 2 from {unit} on")
+    check_page(page, layer.kv.dtype)
     if H % LANES:
         raise ValueError(f"the paged TPU kernel needs a cache with heads a multiple of {LANES} wide, not {H}")
     if sizes.block_kv % page or sizes.block_kv % LANES:

@@ -82,6 +82,12 @@ def stream_scratch(pool: Any, sizes: PagedSizes, table_width: int) -> dict[str, 
     return scratch
 
 
+def compiler_params(*dimensions: Any) -> pltpu.CompilerParams:
+    """For a kernel that streams, over a grid of these dimensions."""
+    # A check of bounds costs as much as starting a copy; the tests run with the interpreter's.
+    return pltpu.CompilerParams(dimension_semantics=dimensions, vmem_limit_bytes=100 << 20, disable_bounds_checks=True)
+
+
 class Stream(NamedTuple):
     """Copies of one part's items, in order; `tiles` holds references to SMEM."""
 
@@ -114,6 +120,14 @@ class Stream(NamedTuple):
         """Units of a block that hold keys of the tile."""
         left = self.tiles.length[tile] - block * self.sizes.block_kv
         return jnp.minimum(div(left + self.unit - 1, self.unit), self.block_units)
+
+    def block(self, which: int, slot: jax.Array, keys: int) -> tuple[jax.Array, list[jax.Array] | None]:
+        """The first keys or values of a buffer `[keys, H]`, and their scales, `[1, 128]` for each 128 of them."""
+        units = keys // self.unit
+        block = self.memory.buffer[slot, which, :units].reshape(keys, -1)
+        if self.memory.scales is None:
+            return block, None
+        return block, [self.memory.scale_buffer[slot, i, which : which + 1, :] for i in range(units)]
 
     def begin(self, part: jax.Array) -> None:
         """Starts the part's first copies."""

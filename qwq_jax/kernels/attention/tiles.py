@@ -60,6 +60,18 @@ def make_tiles(row: jax.Array, first: jax.Array, length: jax.Array, *, block: in
     return Tiles(*map(to_int, (row, first, length, start, following, bounds, begins)))
 
 
+def merge_parts(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Joins what parts made of the same queries over keys of their own: a part's share is that of the denominator.
+
+    Args:
+        out: `[parts, K, n, R, H]`.
+        lse: `[parts, K, n, R]`.
+    """
+    if out.shape[0] == 1:
+        return out[0], lse[0]
+    return jnp.einsum("pknr,pknrh->knrh", jax.nn.softmax(lse, axis=0), out), jax.nn.logsumexp(lse, axis=0)
+
+
 class Pieces(NamedTuple):
     """How runs of tokens, one a row, are cut into pieces of `size` for tiles or for parts of a page.
 

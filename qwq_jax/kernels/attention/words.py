@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
+from qwq_jax.kernels.attention.flash import LANES
 
 
 def field_mask(words: int, pack: int, low: Any, high: Any) -> jax.Array:
