@@ -14,10 +14,11 @@ from qwq_jax.config.mesh import MeshConfig
 from qwq_jax.engine.request import (
     Completion,
     FinishReason,
+    Hooks,
+    HooksFactory,
     NewToken,
     Request,
     Sequence,
-    StopFactory,
     TokenLogprob,
     sample_seed,
 )
@@ -111,14 +112,14 @@ class Engine:
                 f"({shape.num_pages} pages of {shape.page_size}): give the engine more pages"
             )
 
-    def add(self, request: Request, stop_checkers: StopFactory | None = None) -> None:
-        """Put a request in line.  `stop_checkers` makes the judge of its stop strings, one for each sample."""
+    def add(self, request: Request, hooks: HooksFactory | None = None) -> None:
+        """Put a request in line.  `hooks` makes what watches its text, once for each sample."""
         self.check(request)
         params = request.params
         if request.request_id in self._sequences:
             raise ValueError(f"request id {request.request_id!r} is already in the engine")
-        if params.stop and stop_checkers is None:
-            raise ValueError("stop strings need text, which the engine does not have: pass stop_checkers")
+        if params.stop and hooks is None:
+            raise ValueError("stop strings need text, which the engine does not have: pass hooks")
         room = self._shape.context - len(request.prompt_token_ids)
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(self.eos_token_ids))
         self._sequences[request.request_id] = sequences = []
@@ -130,7 +131,7 @@ class Engine:
                 seed=sample_seed(params, request.request_id, index, self.run_seed),
                 limit=len(request.prompt_token_ids) + min(params.max_tokens, room),
                 stop_token_ids=ends,
-                stop_checker=stop_checkers(request) if stop_checkers is not None and params.stop else None,
+                hooks=hooks(request) if hooks is not None else Hooks(),
             )
             self._arrivals += 1
             sequences.append(sequence)
@@ -167,7 +168,7 @@ class Engine:
         self.stats.completions += len(completions)
         return StepOutput(tuple(tokens), tuple(completions))
 
-    def run(self, requests: Iterable[Request], stop_checkers: StopFactory | None = None) -> Iterator[StepOutput]:
+    def run(self, requests: Iterable[Request], hooks: HooksFactory | None = None) -> Iterator[StepOutput]:
         """Serve requests step by step; the next are pulled only when the line of waiting ones is short."""
         source = iter(requests)
         exhausted = False
@@ -177,19 +178,19 @@ class Engine:
                 if request is None:
                     exhausted = True
                 else:
-                    self.add(request, stop_checkers)
+                    self.add(request, hooks)
             if not self.busy:
                 return
             yield self.step()
 
-    def generate(self, requests: Iterable[Request], stop_checkers: StopFactory | None = None) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Request], hooks: HooksFactory | None = None) -> Iterator[Completion]:
         """Serve requests; completions come as they end.  A request that can never be served is a ValueError."""
-        for output in self.run(requests, stop_checkers):
+        for output in self.run(requests, hooks):
             yield from output.completions
 
-    def stream(self, request: Request, stop_checkers: StopFactory | None = None) -> Generator[NewToken, None, None]:
+    def stream(self, request: Request, hooks: HooksFactory | None = None) -> Generator[NewToken, None, None]:
         """Serve one request, token by token; closing the iterator cancels it."""
-        self.add(request, stop_checkers)
+        self.add(request, hooks)
         pending: deque[NewToken] = deque()
         try:
             while pending or request.request_id in self._sequences:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+import numpy as np
+
 from qwq_jax.config.sampling import SamplingParams
 
 
@@ -18,6 +20,21 @@ class FinishReason(StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
+
+
+@dataclass(frozen=True)
+class ThinkingTokens:
+    """How a model's thoughts end, in tokens.
+
+    Attributes:
+        close: The token that ends them, `</think>`.
+        closing: What is put in when `max_thinking_tokens` are spent; holds `close`.
+        continuation: What replaces a `close` that comes before `min_thinking_tokens`, such as a line break and "Wait".
+    """
+
+    close: int
+    closing: tuple[int, ...]
+    continuation: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -30,6 +47,8 @@ class Request:
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
+    thinking: ThinkingTokens | None = None
+    """Needed where `params` bounds the thoughts; the completion is taken to begin inside them."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +94,33 @@ class StopChecker(Protocol):
         ...
 
 
-StopFactory = Callable[[Request], StopChecker]
+class TokenMask(Protocol):
+    """Says which tokens may come next in one sequence, by a grammar for example."""
+
+    @property
+    def active(self) -> bool:
+        """Whether it forbids anything now; a grammar of the answer waits until the thoughts have ended."""
+        ...
+
+    def fill(self, bits: np.ndarray) -> None:
+        """Write the allowed tokens into `[ceil(V / 32)]` uint32: token t is bit t % 32 of word t // 32."""
+        ...
+
+    def push(self, token_id: int) -> None:
+        """Take the token that was drawn, or put in."""
+        ...
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What watches one sequence from outside the engine, which knows token ids only."""
+
+    stop: StopChecker | None = None
+    mask: TokenMask | None = None
+
+
+HooksFactory = Callable[[Request], Hooks]
+"""Called once for each sample of a request."""
 
 
 @dataclass(eq=False)
@@ -94,7 +139,7 @@ class Sequence:
     limit: int
     """The greatest number of tokens, prompt included."""
     stop_token_ids: frozenset[int] = frozenset()
-    stop_checker: StopChecker | None = None
+    hooks: Hooks = Hooks()
     tokens: list[int] = field(init=False)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     computed: int = 0
@@ -121,7 +166,7 @@ class Sequence:
         self.tokens.append(drawn.token_id)
         if self.request.params.logprobs:
             self.logprobs.append(drawn)
-        stopped_by_text = self.stop_checker is not None and self.stop_checker.push(drawn.token_id)
+        stopped_by_text = self.hooks.stop is not None and self.hooks.stop.push(drawn.token_id)
         if drawn.token_id in self.stop_token_ids or stopped_by_text:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(self.tokens) >= self.limit else None

@@ -6,7 +6,7 @@ from typing import Any
 
 from qwq_jax.chat import THINK_CLOSE, THINK_OPEN, ChatTokenizer, IncrementalDetokenizer, split_thinking
 from qwq_jax.config.sampling import SamplingParams
-from qwq_jax.engine.request import Completion, Request, TokenLogprob
+from qwq_jax.engine.request import Completion, Hooks, Request, TokenLogprob
 from qwq_jax.jobs.batch_file import Choice, PromptLine
 
 # More than enough tokens to hold "<think>" and the line breaks after it.
@@ -49,16 +49,17 @@ class StopStrings:
         self._overlap = max(map(len, stop)) - 1
         self._tail = ""
 
-    @classmethod
-    def factory(cls, tokenizer: ChatTokenizer, request: Request) -> "StopStrings":
-        """One for each sample of a request."""
-        return cls(tokenizer.detokenizer(), request.params.stop)
-
     def push(self, token_id: int) -> bool:
         """Takes the next token; True once a stop string is complete."""
         text = self._tail + self._detokenizer.push(token_id)
         self._tail = text[-self._overlap :] if self._overlap else ""
         return any(stop in text for stop in self._stop)
+
+
+def hooks_of(tokenizer: ChatTokenizer, request: Request) -> Hooks:
+    """What watches the text of one sample of a request."""
+    stop = request.params.stop
+    return Hooks(StopStrings(tokenizer.detokenizer(), stop) if stop else None)
 
 
 def choice_of(completion: Completion, request: Request, tokenizer: ChatTokenizer) -> Choice:

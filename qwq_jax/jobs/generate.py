@@ -16,7 +16,7 @@ from qwq_jax.config.sampling import SamplingParams
 from qwq_jax.engine.engine import Engine
 from qwq_jax.engine.request import Completion, Request
 from qwq_jax.interrupt import Interrupted, StopRequested
-from qwq_jax.jobs.answer import StopStrings, choice_of, prompt_ids, with_special_stops
+from qwq_jax.jobs.answer import choice_of, hooks_of, prompt_ids, with_special_stops
 from qwq_jax.jobs.batch_file import BadLine, Choice, PromptLine, count_lines, error_line, read_batch, result_line
 from qwq_jax.jobs.progress import BatchProgress
 from qwq_jax.jobs.result_file import ResultFile, file_fingerprint
@@ -92,7 +92,7 @@ def generate(
         server = Engine.from_checkpoint(checkpoint, mesh=mesh, config=engine, run_seed=seed)
         with BatchProgress(total, len(results.done)) as progress:
             batch = _Batch(server, tokenizer, results, model=Path(checkpoint.rstrip("/")).name, sampling=sampling)
-            for output_of_step in server.run(batch.requests(input), functools.partial(StopStrings.factory, tokenizer)):
+            for output_of_step in server.run(batch.requests(input), functools.partial(hooks_of, tokenizer)):
                 for completion in output_of_step.completions:
                     batch.take(completion)
                 results.sync_if_due()

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from qwq_jax.config.sampling import SamplingParams
 from qwq_jax.engine.engine import Engine
 from qwq_jax.engine.pages import PagePool, pages_for
-from qwq_jax.engine.request import Completion, FinishReason, Request, sample_seed
+from qwq_jax.engine.request import Completion, FinishReason, Hooks, Request, sample_seed
 from qwq_jax.engine.step import MAX_TOP_LOGPROBS, EngineShape, StepPlan, StepResult
 
 VOCAB = 97
@@ -219,11 +219,11 @@ class Countdown:
 def test_stop_checker_ends_the_sequence_at_its_token() -> None:
     engine = engine_of(shape_of())
     request = make_request("r", 4, max_tokens=20, stop=("x",), ignore_eos=True, n=2)
-    completions = list(engine.generate([request], lambda _: Countdown()))
+    completions = list(engine.generate([request], lambda _: Hooks(stop=Countdown())))
     assert [len(c.token_ids) for c in completions] == [3, 3]
     assert {c.finish_reason for c in completions} == {FinishReason.STOP}
     assert {c.stop_token_id for c in completions} == {None}
-    with pytest.raises(ValueError, match="stop_checkers"):
+    with pytest.raises(ValueError, match="hooks"):
         engine.add(request)
 
 
