@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from qwq_jax.config.frozen import Frozen
 
@@ -19,6 +19,9 @@ class EngineConfig(Frozen):
         max_context: Longest prompt plus completion. ``None`` takes the model's own limit.
         prefill_chunk: Prompt tokens of one sequence that one prefill step computes.
         max_prefill_sequences: Sequences that one prefill step computes, per data replica.
+        decode_window: Tokens that a sequence draws before the host looks at them.
+        draft_tokens: Tokens that prompt lookup guesses at once, to be checked in one step; 0 is off. Lossless.
+        prefix_cache: Whether requests that begin alike share pages, and pages are kept for later ones.
         compute_dtype: Type of weights and activations on the device.
         cache_dtype: Type of the key-value cache. ``None`` takes `compute_dtype`; the 8-bit ones keep a scale a token
             and head, and halve the memory of a bfloat16 cache.
@@ -30,5 +33,8 @@ class EngineConfig(Frozen):
     max_context: PositiveInt | None = None
     prefill_chunk: PositiveInt = 256
     max_prefill_sequences: PositiveInt = 4
+    decode_window: PositiveInt = 16
+    draft_tokens: int = Field(default=0, ge=0, le=15)
+    prefix_cache: bool = True
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     cache_dtype: Literal["float32", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2"] | None = None

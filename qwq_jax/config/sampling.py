@@ -135,6 +135,11 @@ class SamplingParams(Frozen):
             )
 
     @property
+    def penalised(self) -> bool:
+        """Whether tokens that occurred are drawn with another probability."""
+        return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1
+
+    @property
     def bounds_thinking(self) -> bool:
         """Whether the length of the thoughts is bounded."""
         return self.max_thinking_tokens is not None or self.min_thinking_tokens > 0

@@ -5,12 +5,14 @@ the token that was drawn for it.  What runs the step is a `Runner`; on devices t
 """
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from qwq_jax.checkpoint.store import open_checkpoint, restore_params
 from qwq_jax.config.engine import EngineConfig
 from qwq_jax.config.mesh import MeshConfig
+from qwq_jax.engine.arrays import StepBuilder
 from qwq_jax.engine.request import (
     Completion,
     FinishReason,
@@ -24,7 +26,8 @@ from qwq_jax.engine.request import (
 )
 from qwq_jax.engine.runner import DeviceRunner
 from qwq_jax.engine.scheduler import Scheduler
-from qwq_jax.engine.step import Runner, Schedule, StepBuilder, StepResult, Work
+from qwq_jax.engine.step import Draws, Runner, Schedule, StepPlan, StepResult, Work
+from qwq_jax.engine.thoughts import Thoughts
 from qwq_jax.sharding import decode_layout, make_mesh
 
 ONE_DEVICE = MeshConfig()
@@ -45,7 +48,13 @@ class EngineStats:
     steps: int = 0
     prompt_tokens: int = 0
     """Prompt tokens computed, those computed again after a preemption included."""
+    shared_tokens: int = 0
+    """Prompt tokens found in the cache, because another sequence began alike."""
     generated_tokens: int = 0
+    drafted_tokens: int = 0
+    """Guesses that were checked, and how many of them held."""
+    accepted_tokens: int = 0
+    preemptions: int = 0
     completions: int = 0
 
 
@@ -72,6 +81,7 @@ class Engine:
         self._builder = StepBuilder(self._shape)
         self._sequences: dict[str, list[Sequence]] = {}
         self._arrivals = 0
+        self._flight: _Flight | None = None
 
     @classmethod
     def from_checkpoint(
@@ -112,6 +122,8 @@ class Engine:
                 f"({shape.num_pages} pages of {shape.page_size}): give the engine more pages"
             )
 
+        _check_thinking(request, min(request.params.max_tokens, shape.context - len(prompt)))
+
     def add(self, request: Request, hooks: HooksFactory | None = None) -> None:
         """Put a request in line.  `hooks` makes what watches its text, once for each sample."""
         self.check(request)
@@ -120,7 +132,8 @@ class Engine:
             raise ValueError(f"request id {request.request_id!r} is already in the engine")
         if params.stop and hooks is None:
             raise ValueError("stop strings need text, which the engine does not have: pass hooks")
-        room = self._shape.context - len(request.prompt_token_ids)
+        start = len(request.prompt_token_ids)
+        limit = start + min(params.max_tokens, self._shape.context - start)
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(self.eos_token_ids))
         self._sequences[request.request_id] = sequences = []
         for index in range(params.n):
@@ -129,9 +142,10 @@ class Engine:
                 index,
                 arrival=self._arrivals,
                 seed=sample_seed(params, request.request_id, index, self.run_seed),
-                limit=len(request.prompt_token_ids) + min(params.max_tokens, room),
+                limit=limit,
                 stop_token_ids=ends,
                 hooks=hooks(request) if hooks is not None else Hooks(),
+                thoughts=_thoughts(request),
             )
             self._arrivals += 1
             sequences.append(sequence)
@@ -143,30 +157,18 @@ class Engine:
             self._scheduler.remove(sequence)
 
     def step(self) -> StepOutput:
-        """Run one step on the devices."""
-        schedule = self._scheduler.schedule()
-        if schedule.empty:
-            assert not self.busy, "sequences are waiting, but none can run"
-            return StepOutput()
-        result = self.runner.step(self._builder.build(schedule))
-        tokens: list[NewToken] = []
-        completions: list[Completion] = []
-        for replica, slot, work in self._placed(schedule):
-            self._scheduler.complete(work)
-            if slot >= self._shape.max_sequences:
-                self.stats.prompt_tokens += work.length
-            if not work.samples:
-                continue
-            sequence = work.sequence
-            drawn = _drawn(result, replica, slot, sequence.request.params.top_logprobs)
-            reason = sequence.push(drawn)
-            tokens.append(NewToken(sequence.request.request_id, sequence.index, drawn))
-            if reason is not None:
-                completions.append(self._finish(sequence, reason))
-        self.stats.steps += 1
-        self.stats.generated_tokens += len(tokens)
-        self.stats.completions += len(completions)
-        return StepOutput(tuple(tokens), tuple(completions))
+        """Prepare and start a step on the devices, and give what the one before it brought.
+
+        The first call starts two, the last none; a sequence whose next step depends on its last token is waited for.
+        """
+        while True:
+            started = self._start()
+            flight, self._flight = self._flight, started
+            if flight is not None:
+                return self._collect(flight)
+            if started is None:
+                assert not self.busy, "sequences are waiting, but none can run"
+                return StepOutput()
 
     def run(self, requests: Iterable[Request], hooks: HooksFactory | None = None) -> Iterator[StepOutput]:
         """Serve requests step by step; the next are pulled only when the line of waiting ones is short."""
@@ -201,15 +203,56 @@ class Engine:
         finally:
             self.cancel(request.request_id)
 
-    def _placed(self, schedule: Schedule) -> Iterator[tuple[int, int, Work]]:
-        """Each piece of work with its replica and its row in the step."""
-        for replica, works in enumerate(schedule.decode):
-            for work in works:
-                assert work.sequence.row is not None
-                yield replica, work.sequence.row, work
-        for replica, works in enumerate(schedule.prefill):
-            for slot, work in enumerate(works, start=self._shape.max_sequences):
-                yield replica, slot, work
+    def _start(self) -> "_Flight | None":
+        """Submit the next step, if it can be prepared before the one in flight is seen."""
+        if self._flight is not None and (self._shape.drafts or self._scheduler.step_by_step):
+            return None
+        schedule = self._scheduler.schedule()
+        if schedule is None or schedule.empty:
+            assert schedule is not None or self._flight is not None, "nothing is in flight, so all tokens are known"
+            return None
+        plan = self._builder.build(schedule)
+        self.stats.steps += 1
+        self.stats.prompt_tokens += sum(work.length for works in schedule.prefill for work in works)
+        self.stats.drafted_tokens += sum(len(work.drafts) for work in schedule.works)
+        self.stats.preemptions, self.stats.shared_tokens = self._scheduler.preemptions, self._scheduler.shared_tokens
+        epochs = {work.sequence.arrival: work.sequence.epoch for work in schedule.works}
+        rows = {work.sequence.arrival: work.sequence.row or 0 for work in schedule.works}
+        return _Flight(schedule, plan, self.runner.submit(plan), epochs, rows)
+
+    def _collect(self, flight: "_Flight") -> StepOutput:
+        result = self.runner.collect(flight.ticket)
+        tokens: list[NewToken] = []
+        completions: list[Completion] = []
+        for work, drawn in flight.drawn(result):
+            sequence = work.sequence
+            if sequence.epoch != flight.epochs[sequence.arrival]:
+                continue
+            sequence.ahead -= work.draws
+            reason = self._push(work, drawn)
+            tokens += (NewToken(sequence.request.request_id, sequence.index, new) for new in sequence.take_new())
+            if reason is not None:
+                completions.append(self._finish(sequence, reason))
+            else:
+                self._scheduler.settle(sequence)
+        self.stats.completions += len(completions)
+        return StepOutput(tuple(tokens), tuple(completions))
+
+    def _push(self, work: Work, drawn: Iterable[TokenLogprob]) -> FinishReason | None:
+        """Give a sequence what was drawn for it, as far as it follows from what came before."""
+        sequence, epoch = work.sequence, work.sequence.epoch
+        for index, token in enumerate(drawn):
+            if index and work.drafts:
+                if work.drafts[index - 1] != sequence.tokens[-1]:
+                    break
+                self.stats.accepted_tokens += 1
+            self.stats.generated_tokens += 1
+            reason = sequence.push(token)
+            if reason is not None or sequence.epoch != epoch:
+                return reason
+        if work.drafts:
+            sequence.computed = len(sequence.tokens) - 1
+        return None
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> Completion:
         self._scheduler.remove(sequence)
@@ -220,10 +263,72 @@ class Engine:
         return sequence.completion(reason)
 
 
-def _drawn(result: StepResult, replica: int, slot: int, num_top: int) -> TokenLogprob:
+@dataclass(frozen=True)
+class _Flight:
+    """A step that the devices are at, and how its sequences stood when it was submitted."""
+
+    schedule: Schedule
+    plan: StepPlan
+    ticket: Any
+    epochs: Mapping[int, int]
+    rows: Mapping[int, int]
+
+    def drawn(self, result: StepResult) -> Iterator[tuple[Work, list[TokenLogprob]]]:
+        """Each piece of work with the tokens drawn for it; scores are noted on the way."""
+        drafts = self.plan.program.drafts
+        for replica, works in enumerate(self.schedule.decode):
+            for work in works:
+                num_top, row = work.sequence.request.params.top_logprobs, self.rows[work.sequence.arrival]
+                begin = int(self.plan.arrays["query_start"][replica, row]) if drafts else 0
+                places = ((replica, begin + i) if drafts else (replica, i, row) for i in range(work.draws))
+                yield work, [_entry(result.decode, place, num_top) for place in places]
+        for replica, works in enumerate(self.schedule.prefill):
+            begin = 0
+            for slot, work in enumerate(works):
+                assert result.prefill is not None
+                if result.scored is not None and work.sequence.epoch == self.epochs[work.sequence.arrival]:
+                    _score(work, result.scored, (replica, begin))
+                begin += work.length
+                num_top = work.sequence.request.params.top_logprobs
+                yield work, [_entry(result.prefill, (replica, slot), num_top)] if work.draws else []
+
+
+def _score(work: Work, scored: Draws, place: tuple[int, int]) -> None:
+    """Note the log-probabilities of a chunk's own tokens: of the prompt, or put in."""
+    sequence, params = work.sequence, work.sequence.request.params
+    replica, begin = place
+    for position in range(work.start + 1, min(work.start + work.length + 1, len(sequence.tokens))):
+        if sequence.wants_score(position):
+            of_prompt = position < len(sequence.request.prompt_token_ids)
+            num_top = (params.prompt_logprobs or 0) if of_prompt else params.top_logprobs
+            sequence.score(position, _entry(scored, (replica, begin + position - 1 - work.start), num_top))
+
+
+def _entry(draws: Draws, place: tuple[int, ...], num_top: int) -> TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
     if num_top:
-        assert result.top_ids is not None and result.top_logprobs is not None, "the plan asked for them"
-        ids, values = result.top_ids[replica, slot, :num_top], result.top_logprobs[replica, slot, :num_top]
+        assert draws.top_ids is not None and draws.top_logprobs is not None, "the plan asked for them"
+        ids, values = draws.top_ids[place][:num_top], draws.top_logprobs[place][:num_top]
         top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprob(int(result.tokens[replica, slot]), float(result.logprobs[replica, slot]), top)
+    return TokenLogprob(int(draws.tokens[place]), float(draws.logprobs[place]), top)
+
+
+def _check_thinking(request: Request, room: int) -> None:
+    params, marks = request.params, request.thinking
+    if not params.bounds_thinking:
+        return
+    if marks is None:
+        raise ValueError("max_thinking_tokens and min_thinking_tokens need the tokens that end thoughts: give thinking")
+    if params.max_thinking_tokens is not None and params.max_thinking_tokens + len(marks.closing) >= room:
+        raise ValueError(
+            f"max_thinking_tokens {params.max_thinking_tokens} and the {len(marks.closing)} tokens that end the "
+            f"thoughts leave no room for an answer: there is room for {room} tokens"
+        )
+
+
+def _thoughts(request: Request) -> Thoughts | None:
+    params = request.params
+    if not params.bounds_thinking or request.thinking is None:
+        return None
+    start = len(request.prompt_token_ids)
+    return Thoughts(request.thinking, start, params.min_thinking_tokens, params.max_thinking_tokens)

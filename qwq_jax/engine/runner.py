@@ -1,9 +1,9 @@
-"""The device side of the engine: the one compiled step, its programs by shape, and the cache it owns."""
+"""The device side of the engine: the compiled programs, and the cache and parameters that they work on."""
 
-import math
 import os
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,22 +11,26 @@ import numpy as np
 
 from qwq_jax.config.engine import EngineConfig
 from qwq_jax.config.model import ModelConfig
+from qwq_jax.engine.arrays import pack, packed_size
 from qwq_jax.engine.pages import pages_for
-from qwq_jax.engine.step import MAX_TOP_LOGPROBS, EngineShape, StepPlan, StepResult
-from qwq_jax.model.attention import PagedBatch, paged_attend
+from qwq_jax.engine.program import Carry, Outcome, Step
+from qwq_jax.engine.step import Draws, EngineShape, Program, StepPlan, StepResult
 from qwq_jax.model.cache import abstract_layer, allocate_cache, cache_spec
 from qwq_jax.model.params import Params, bind
 from qwq_jax.model.spec import model_spec
-from qwq_jax.sampling import Sampled, SamplingArrays, sample
+from qwq_jax.sampling import Sampled
 from qwq_jax.sharding import Layout
 
 # What the arrays of a step, the activations and the gathered pages may need beside the cache.
 _CACHE_SHARE_OF_DEVICE = 0.9
 _CACHE_SHARE_OF_HOST = 0.25
+# Programs differ in the widths of page tables and the lengths of chunks by this factor. The TPU kernels read no more of
+# a table than they need, and compile for long; plain jnp gathers all that the table is wide.
+_GROWTH_ON_TPU, _GROWTH_ELSEWHERE = 8, 2
 
 
 class DeviceRunner:
-    """Runs steps on the devices of a layout; a program is compiled the first time its shape is seen.
+    """Runs steps on the devices of a layout; a program is compiled the first time it is needed, or by `warm_up`.
 
     One array carries all of a step's numbers to the devices: a transfer costs more than its bytes.
     """
@@ -38,72 +42,82 @@ class DeviceRunner:
         self._layout = layout
         self._dtype = jnp.dtype(config.compute_dtype)
         self._cache: Any = allocate_cache(_cache_spec(model, layout, config, self.shape.num_pages), layout)
-        self._programs: dict[Bucket, Any] = {}
+        self._carry = _empty_carry(self.shape, layout)
+        self._programs: dict[Program, Any] = {}
 
     @property
     def compiles(self) -> int:
         """How many programs it has compiled."""
         return len(self._programs)
 
-    def step(self, plan: StepPlan) -> StepResult:
-        """Carry out one step and wait for the tokens."""
-        packed = jax.device_put(_pack(plan, self.shape), self._layout.sharding(("replica", None)))
-        bucket = Bucket(plan.prefill_tokens, plan.table_width, plan.want_top)
-        if bucket not in self._programs:
-            run = step_program(self._model, self._layout, self.shape, self._dtype, bucket)
-            self._programs[bucket] = run.lower(self._params, self._cache, packed).compile()
-        self._cache, sampled = self._programs[bucket](self._params, self._cache, packed)
-        tokens, logprobs, ids, top = jax.device_get(sampled)
-        return StepResult(tokens, logprobs, ids, top) if plan.want_top else StepResult(tokens, logprobs)
+    def submit(self, plan: StepPlan) -> Outcome:
+        """Start a step; its results arrive in the order of the calls."""
+        host = pack(plan, self.shape)
+        # Every process of several has the same numbers and gives its devices their part.
+        packed = jax.make_array_from_callback(host.shape, self._layout.sharding(("replica", None)), host.__getitem__)
+        run = self._compiled(plan.program)
+        self._cache, self._carry, outcome = run(self._params, self._cache, self._carry, packed)
+        return outcome
+
+    def collect(self, ticket: Outcome) -> StepResult:
+        """Wait for a step's tokens."""
+        outcome = jax.device_get(ticket)
+        return StepResult(_draws(outcome.decode), *(drawn and _draws(drawn) for drawn in outcome[1:]))
+
+    def warm_up(self, programs: Iterable[Program], progress: Callable[[int], None] = lambda done: None) -> None:
+        """Compile programs ahead of need; `progress` is told how many are ready."""
+        for done, program in enumerate(programs, start=1):
+            self._compiled(program)
+            progress(done)
+
+    def _compiled(self, program: Program) -> Any:
+        if program not in self._programs:
+            shape = (self.shape.replicas, packed_size(self.shape, program))
+            packed = jax.ShapeDtypeStruct(shape, np.int32, sharding=self._layout.sharding(("replica", None)))
+            run = step_program(self._model, Step(self._layout, self.shape, program), self._dtype)
+            self._programs[program] = run.lower(self._params, self._cache, self._carry, packed).compile()
+        return self._programs[program]
 
 
-class Bucket(NamedTuple):
-    """What chooses a compiled program: prompt tokens and pages a row, and whether top log-probs are wanted."""
-
-    prefill_tokens: int
-    table_width: int
-    want_top: bool = False
-
-
-def step_program(model: ModelConfig, layout: Layout, shape: EngineShape, dtype: Any, bucket: Bucket) -> Any:
-    """The jitted step `(params, cache, packed) -> (cache, Sampled)`; the cache is donated."""
-
-    def run(params: Mapping[str, jax.Array], cache: Any, packed: jax.Array) -> tuple[Any, Sampled]:
-        arrays = _unpack(packed, shape, bucket.prefill_tokens, bucket.table_width)
-        attend = paged_attend(
-            layout,
-            PagedBatch(*(arrays[name] for name in PagedBatch._fields)),
-            decode_rows=shape.max_sequences,
-            max_query=bucket.prefill_tokens,
-            pool=(shape.num_pages, shape.page_size),
-        )
-        decoder = bind(model, params, dtype=dtype)
-        hidden, cache = decoder(arrays["tokens"], arrays["positions"], attend, cache)
-        last = jnp.take_along_axis(hidden, arrays["sample_index"][:, :, None], axis=1)
-        sampling = SamplingArrays(**{name: arrays[name] for name in SamplingArrays._fields})
-        return cache, sample(decoder.logits(last), sampling, num_top=MAX_TOP_LOGPROBS if bucket.want_top else 0)
-
-    return jax.jit(run, donate_argnums=1)
+def usual_programs(shape: EngineShape) -> tuple[Program, ...]:
+    """The programs that serve requests of any length without the rarer wishes."""
+    windows = [Program(rows, 0, width) for width in shape.table_widths for rows in shape.row_counts]
+    mixed = [Program(shape.max_sequences, chunk, width) for width in shape.table_widths for chunk in shape.chunk_sizes]
+    drafts = [program._replace(drafts=shape.drafts) for program in windows if shape.drafts]
+    return (*mixed, *windows, *drafts)
 
 
-def lower_step(model: ModelConfig, layout: Layout, config: EngineConfig, bucket: Bucket) -> Any:
+def step_program(model: ModelConfig, step: Step, dtype: Any) -> Any:
+    """The jitted step `(params, cache, carry, packed) -> (cache, carry, Outcome)`; cache and carry are donated."""
+
+    def run(params: Params, cache: Any, carry: Carry, packed: jax.Array) -> tuple[Any, Carry, Outcome]:
+        cache, carry, outcome = step.run(bind(model, params, dtype=dtype), cache, carry, packed)
+        # Whole on every device, so that each of several processes can read it.
+        outcome = jax.tree.map(lambda x: step.layout.constrain(x, (None,) * x.ndim), outcome)
+        carry = jax.tree.map(lambda x: step.layout.constrain(x, ("replica", None)), carry)
+        return cache, carry, outcome
+
+    return jax.jit(run, donate_argnums=(1, 2))
+
+
+def lower_step(model: ModelConfig, layout: Layout, config: EngineConfig, program: Program) -> Any:
     """The step of an engine that need not exist, on a mesh of devices that need not either, ready to `compile()`.
 
     Args:
         model: The architecture.
         layout: The mesh; its devices may be those of a described TPU topology.
         config: The engine; `num_pages` must be given.
-        bucket: Which of its programs; a table width of 0 is that of the longest context.
+        program: Which of its programs; a table width of 0 is that of the longest context.
     """
     shape, dtype = engine_shape(model, layout, config), jnp.dtype(config.compute_dtype)
-    bucket = bucket._replace(table_width=bucket.table_width or shape.max_table_width)
+    program = program._replace(table_width=program.table_width or shape.max_table_width)
     describe = lambda x, axes: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.sharding(axes, x.shape))  # noqa: E731
-    params = {path: describe(array, array.axes) for path, array in model_spec(model, dtype).items()}
+    params: Any = {path: describe(array, array.axes) for path, array in model_spec(model, dtype).items()}
     layer = abstract_layer(_cache_spec(model, layout, config, shape.num_pages), layout)
-    numbers = sum(math.prod(extent) for extent, _ in _fields(shape, *bucket[:2]).values())
-    packed = describe(jax.ShapeDtypeStruct((shape.replicas, numbers), jnp.int32), ("replica", None))
-    cache = (layer,) * model.num_layers
-    return step_program(model, layout, shape, dtype, bucket).lower(params, cache, packed)
+    carry = jax.tree.map(partial(describe, axes=("replica", None)), _carry_spec(shape))
+    packed = jax.ShapeDtypeStruct((shape.replicas, packed_size(shape, program)), jnp.int32)
+    step = step_program(model, Step(layout, shape, program), dtype)
+    return step.lower(params, (layer,) * model.num_layers, carry, describe(packed, ("replica", None)))
 
 
 def engine_shape(model: ModelConfig, layout: Layout, config: EngineConfig) -> EngineShape:
@@ -120,6 +134,7 @@ def engine_shape(model: ModelConfig, layout: Layout, config: EngineConfig) -> En
             f"{cause} {room} tokens of cache, fewer than one sequence of the context of {max_context}: "
             f"set engine.max_context={room} or less"
         )
+    on_tpu = layout.mesh.devices.flat[0].platform == "tpu"
     return EngineShape(
         replicas=layout.size("replica"),
         max_sequences=config.max_sequences,
@@ -128,7 +143,28 @@ def engine_shape(model: ModelConfig, layout: Layout, config: EngineConfig) -> En
         page_size=config.page_size,
         prefill_chunk=config.prefill_chunk,
         max_prefill_sequences=config.max_prefill_sequences,
+        vocab_size=model.vocab_size,
+        decode_window=config.decode_window,
+        drafts=config.draft_tokens,
+        prefix_cache=config.prefix_cache,
+        growth=_GROWTH_ON_TPU if on_tpu else _GROWTH_ELSEWHERE,
     )
+
+
+def _carry_spec(shape: EngineShape) -> Carry:
+    rows = (shape.replicas, shape.max_sequences)
+    return Carry(jax.ShapeDtypeStruct(rows, jnp.int32), jax.ShapeDtypeStruct(rows, jnp.bool_))  # pyright: ignore
+
+
+def _empty_carry(shape: EngineShape, layout: Layout) -> Carry:
+    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), _carry_spec(shape))  # noqa: E731
+    sharding = layout.sharding(("replica", None))
+    return jax.jit(zeros, out_shardings=Carry(sharding, sharding))()  # pyright: ignore
+
+
+def _draws(drawn: Sampled) -> Draws:
+    tops = (drawn.top_ids, drawn.top_logprobs) if drawn.top_ids.shape[-1] else ()
+    return Draws(np.asarray(drawn.tokens), np.asarray(drawn.logprobs), *map(np.asarray, tops))
 
 
 def _cache_spec(model: ModelConfig, layout: Layout, config: EngineConfig, pages: int) -> Any:
@@ -150,44 +186,3 @@ def _affordable_pages(model: ModelConfig, layout: Layout, config: EngineConfig) 
     if budget < page:
         raise ValueError(f"no memory is left for the cache: a page of {config.page_size} tokens needs {page} bytes")
     return int(budget // page)
-
-
-def _fields(shape: EngineShape, prefill_tokens: int, table_width: int) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Shape within a replica and dtype of each of a step's arrays, in the order in which they are packed."""
-    tokens, rows = (shape.max_sequences + prefill_tokens,), (shape.rows,)
-    return {
-        "tokens": (tokens, np.int32),
-        "positions": (tokens, np.int32),
-        "page_table": ((shape.rows, table_width), np.int32),
-        "kv_length": (rows, np.int32),
-        "query_start": ((shape.rows + 1,), np.int32),
-        "sample_index": (rows, np.int32),
-        "temperature": (rows, np.float32),
-        "top_k": (rows, np.int32),
-        "top_p": (rows, np.float32),
-        "min_p": (rows, np.float32),
-        "seed": (rows, np.uint32),
-        "position": (rows, np.int32),
-    }
-
-
-def _pack(plan: StepPlan, shape: EngineShape) -> np.ndarray:
-    """All arrays of a step side by side as `[R, n]` int32."""
-    arrays = {**vars(plan), **vars(plan.sampling)}
-    parts: list[np.ndarray] = []
-    for name, (extent, dtype) in _fields(shape, plan.prefill_tokens, plan.table_width).items():
-        array = arrays[name]
-        assert array.dtype == dtype and array.shape == (shape.replicas, *extent), f"{name}: {array.shape} {array.dtype}"
-        parts.append(array.reshape(shape.replicas, -1).view(np.int32))
-    return np.concatenate(parts, axis=1)
-
-
-def _unpack(packed: jax.Array, shape: EngineShape, prefill_tokens: int, table_width: int) -> dict[str, jax.Array]:
-    arrays: dict[str, jax.Array] = {}
-    begin = 0
-    for name, (extent, dtype) in _fields(shape, prefill_tokens, table_width).items():
-        size = math.prod(extent)
-        part = packed[:, begin : begin + size].reshape(-1, *extent)
-        arrays[name] = part if dtype is np.int32 else jax.lax.bitcast_convert_type(part, dtype)
-        begin += size
-    return arrays

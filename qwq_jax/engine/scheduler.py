@@ -1,16 +1,19 @@
 """Which sequences run in the next step: first come first served, in pages, without deadlock.
 
 Every running sequence has a row and pages on one replica.  A waiting one is admitted when some replica has a row and
-the pages for all its tokens, and one more page for each sequence that runs there.  A sequence that decodes past its
-last page takes another; if none is free, the youngest sequence of that replica gives up its pages and goes back to the
-waiting line at the place of its arrival, to compute its tokens again.  So the oldest sequence always goes on, and,
-since each fits a replica's pages alone, all end.
+the pages for all its tokens that it cannot share, and one more page for each sequence that runs there.  A sequence that
+decodes past its last page takes another; if none is free, the youngest sequence of that replica gives up its pages and
+goes back to the waiting line at the place of its arrival, to compute its tokens again.  So the oldest sequence always
+goes on, and, since each fits a replica's pages alone, all end.
+
+Work is issued before the tokens of the last step are known.  That is safe because the devices do things in order: pages
+given up are overwritten only after whatever was issued before.
 """
 
 import heapq
 from bisect import insort
 
-from qwq_jax.engine.pages import PagePool, pages_for
+from qwq_jax.engine.pages import PagePool, extend_digests, pages_for
 from qwq_jax.engine.request import Sequence
 from qwq_jax.engine.step import EngineShape, Schedule, Work
 
@@ -28,9 +31,11 @@ class _Replica:
         self.running: list[Sequence] = []
         self.rows = list(range(shape.max_sequences))
 
-    def enter(self, sequence: Sequence, pages: int) -> None:
+    def enter(self, sequence: Sequence, shared: list[int], pages: int) -> None:
         sequence.replica, sequence.row = self.index, heapq.heappop(self.rows)
-        sequence.pages = self.pool.take(pages)
+        self.pool.share(shared)
+        sequence.pages = shared + self.pool.take(pages)
+        sequence.registered = len(shared)
         insort(self.running, sequence, key=_arrival)
 
     def leave(self, sequence: Sequence) -> None:
@@ -38,17 +43,21 @@ class _Replica:
         self.running.remove(sequence)
         heapq.heappush(self.rows, sequence.row)
         self.pool.give_back(sequence.pages)
-        sequence.pages, sequence.replica, sequence.row, sequence.computed = [], None, None, 0
+        sequence.pages, sequence.replica, sequence.row = [], None, None
+        sequence.computed = sequence.ahead = sequence.registered = 0
+        sequence.epoch += 1
 
 
 class Scheduler:
-    """Owns rows and pages; `schedule` chooses a step's work, `complete` takes note that it was done."""
+    """Owns rows and pages; `schedule` chooses and issues a step's work, `settle` takes note of what is known of it."""
 
     def __init__(self, shape: EngineShape) -> None:
         self._shape = shape
         self._replicas = [_Replica(index, shape) for index in range(shape.replicas)]
-        self._waiting: list[tuple[int, Sequence]] = []
+        self._waiting: list[Sequence] = []
         self.preemptions = 0
+        self.shared_tokens = 0
+        """Prompt tokens that were found in the cache."""
 
     @property
     def waiting(self) -> int:
@@ -65,71 +74,182 @@ class Scheduler:
         """Free pages of each replica."""
         return tuple(replica.pool.free for replica in self._replicas)
 
+    @property
+    def step_by_step(self) -> bool:
+        """Whether some running sequence has to be seen before its next step is prepared."""
+        return any(sequence.step_by_step for replica in self._replicas for sequence in replica.running)
+
     def add(self, sequence: Sequence) -> None:
         """Put a sequence in line, at the place of its arrival."""
         assert sequence.limit <= self._shape.context, "a sequence that cannot fit must be refused before"
-        heapq.heappush(self._waiting, (sequence.arrival, sequence))
+        insort(self._waiting, sequence, key=_arrival)
 
     def remove(self, sequence: Sequence) -> None:
         """Take out a sequence that has ended or is no longer wanted; its pages are free at once."""
         if sequence.replica is not None:
             self._replicas[sequence.replica].leave(sequence)
-            return
-        before = len(self._waiting)
-        self._waiting = [entry for entry in self._waiting if entry[1] is not sequence]
-        assert len(self._waiting) == before - 1, "the sequence is not here"
-        heapq.heapify(self._waiting)
+        else:
+            assert sequence in self._waiting, "the sequence is not here"
+            self._waiting.remove(sequence)
 
-    def schedule(self) -> Schedule:
-        """Choose the next step's work; empty only if there is no sequence."""
+    def schedule(self) -> Schedule | None:
+        """Choose the next step's work, and count it as done.
+
+        Returns:
+            The work; empty if there is none before the last step's tokens are seen, or none at all.  None if pages have
+            to be given up by a sequence whose tokens are not known yet: settle, then ask again.
+        """
         before = self.preemptions
         for replica in self._replicas:
-            self._grow(replica)
+            if not self._grow(replica):
+                return None
         if self.preemptions == before:
             self._admit()
-        return Schedule(
-            tuple(self._decode(replica) for replica in self._replicas),
-            tuple(self._prefill(replica) for replica in self._replicas),
-        )
+        ready = [[s for s in replica.running if s.pending == 1 and s.horizon > 0] for replica in self._replicas]
+        prefill = tuple(self._prefill(replica) for replica in self._replicas)
+        if self._shape.drafts and not any(prefill):
+            guessed = self._speculate(ready)
+            if guessed is not None:
+                return Schedule(guessed, prefill)
+        window = 1 if any(prefill) else self._window(ready)
+        decode = (self._decode(*each, window) for each in zip(self._replicas, ready, strict=True))
+        return Schedule(tuple(decode), prefill)
 
-    def complete(self, work: Work) -> None:
-        """The keys and values of this work are in the cache now."""
-        assert work.sequence.computed == work.start, "work done out of order"
-        work.sequence.computed += work.length
+    def settle(self, sequence: Sequence) -> None:
+        """Let others share the pages of this sequence that are full of known tokens."""
+        if not self._shape.prefix_cache or sequence.replica is None:
+            return
+        # The last token may be computed again (`Sequence.push`), and what is shared must not be written to.
+        full = min(sequence.computed, len(sequence.tokens) - 1) // self._shape.page_size
+        if full > sequence.registered:
+            extend_digests(sequence.digests, sequence.tokens, self._shape.page_size)
+            pool = self._replicas[sequence.replica].pool
+            for index in range(sequence.registered, full):
+                pool.register(sequence.pages[index], sequence.digests[index])
+            sequence.registered = full
 
-    def _grow(self, replica: _Replica) -> None:
+    def _grow(self, replica: _Replica) -> bool:
         """Give each decoding sequence the page its next token needs, the oldest first."""
         for sequence in tuple(replica.running):
-            if sequence.replica is None:
+            if sequence.replica is None or sequence.horizon <= 0:
                 continue
-            while len(sequence.pages) < pages_for(len(sequence.tokens), self._shape.page_size):
+            while len(sequence.pages) < pages_for(sequence.length, self._shape.page_size):
                 if replica.pool.free:
                     sequence.pages += replica.pool.take(1)
                     continue
                 youngest = replica.running[-1]
+                if youngest.ahead:
+                    return False
                 replica.leave(youngest)
                 youngest.preemptions += 1
                 self.preemptions += 1
                 self.add(youngest)
                 if youngest is sequence:
                     break
+        return True
 
     def _admit(self) -> None:
-        """Let in the head of the line while some replica can take it; each goes where the most pages are free."""
-        while self._waiting:
-            sequence = self._waiting[0][1]
-            pages = pages_for(len(sequence.tokens), self._shape.page_size)
-            able = [replica for replica in self._replicas if replica.rows and self._has_room(replica, pages)]
-            if not able:
+        """Let in those in line while some replica can take the next; each goes where the most pages stay free."""
+        computing = [self._computing(replica) for replica in self._replicas]
+        for sequence in tuple(self._waiting):
+            total = pages_for(len(sequence.tokens), self._shape.page_size)
+            choices: list[tuple[int, int, _Replica, list[int]]] = []
+            for replica in self._replicas:
+                shared = self._shared(replica, sequence)
+                missing = total - len(shared) + replica.pool.unheld(shared)
+                if replica.rows and self._has_room(replica, missing):
+                    choices.append((replica.pool.free - missing, len(replica.rows), replica, shared))
+            if not choices:
                 return
-            heapq.heappop(self._waiting)
-            max(able, key=lambda replica: (replica.pool.free, len(replica.rows), -replica.index)).enter(sequence, pages)
+            _, _, replica, shared = max(choices, key=lambda choice: (*choice[:2], -choice[2].index))
+            if len(shared) < len(sequence.digests) and sequence.digests[len(shared)] in computing[replica.index]:
+                continue  # a sequence that runs is about to know the page that this one would compute as well
+            self._waiting.remove(sequence)
+            replica.enter(sequence, shared, total - len(shared))
+            sequence.computed = len(shared) * self._shape.page_size
+            self.shared_tokens += sequence.computed
+            computing[replica.index] |= set(sequence.digests[len(shared) :])
+
+    def _shared(self, replica: _Replica, sequence: Sequence) -> list[int]:
+        """Pages of this replica that hold a beginning of the sequence; at least one token is left to compute."""
+        if not self._shape.prefix_cache:
+            return []
+        extend_digests(sequence.digests, sequence.tokens, self._shape.page_size)
+        if sequence.prompt_logprobs is not None:
+            return []  # each prompt token has to be computed for them
+        return replica.pool.find(sequence.digests[: (len(sequence.tokens) - 1) // self._shape.page_size])
+
+    def _computing(self, replica: _Replica) -> set[bytes]:
+        """Digests of the pages that prompts under way will fill."""
+        return {
+            digest
+            for sequence in replica.running
+            if sequence.pending > 1
+            for digest in sequence.digests[sequence.registered :]
+        }
 
     def _has_room(self, replica: _Replica, pages: int) -> bool:
         return pages + len(replica.running) <= replica.pool.free or not replica.running
 
-    def _decode(self, replica: _Replica) -> tuple[Work, ...]:
-        return tuple(Work(sequence, sequence.computed, 1) for sequence in replica.running if sequence.pending == 1)
+    def _window(self, ready: list[list[Sequence]]) -> int:
+        """How many tokens each sequence may draw before the host looks: as far as pages go without taking from others.
+
+        While sequences wait for a row, no further than to the end of the first that is known to end.
+        """
+        everyone = [sequence for each in ready for sequence in each]
+        if any(sequence.hooks.mask is not None for sequence in everyone):
+            return 1
+        window = self._shape.decode_window
+        if self._waiting and everyone:
+            window = min(window, min(sequence.horizon for sequence in everyone))
+        short = lambda: any(  # noqa: E731
+            self._missing(each, window) > replica.pool.free for replica, each in zip(self._replicas, ready, strict=True)
+        )
+        while window > 1 and short():
+            window //= 2
+        return window
+
+    def _missing(self, sequences: list[Sequence], window: int) -> int:
+        """Pages that a window needs beyond those that its sequences have."""
+        size = self._shape.page_size
+        return sum(max(0, pages_for(s.computed + min(window, s.horizon), size) - len(s.pages)) for s in sequences)
+
+    def _speculate(self, ready: list[list[Sequence]]) -> tuple[tuple[Work, ...], ...] | None:
+        """Guesses for the sequences that decode; None if too few have any to forgo a window of several tokens."""
+        everyone = [sequence for each in ready for sequence in each]
+        if any(sequence.ahead for sequence in everyone):
+            return None
+        drafts = {s.arrival: s.lookup.propose(s.tokens, self._guesses(s)) for s in everyone}
+        if not everyone or sum(map(bool, drafts.values())) * 4 < len(everyone):
+            return None
+        guessed: list[tuple[Work, ...]] = []
+        for replica, each in zip(self._replicas, ready, strict=True):
+            works: list[Work] = []
+            for sequence in each:
+                guess = drafts[sequence.arrival]
+                if self._missing([sequence], 1 + len(guess)) > replica.pool.free:
+                    guess = ()
+                length = 1 + len(guess)
+                sequence.pages += replica.pool.take(self._missing([sequence], length))
+                works.append(Work(sequence, sequence.computed, length, draws=length, drafts=guess))
+                sequence.computed += length
+                sequence.ahead += length
+            guessed.append(tuple(works))
+        return tuple(guessed)
+
+    def _guesses(self, sequence: Sequence) -> int:
+        """How many tokens may be guessed: none where a token changes how the next is drawn."""
+        return 0 if sequence.step_by_step else min(self._shape.drafts, sequence.horizon - 1)
+
+    def _decode(self, replica: _Replica, ready: list[Sequence], window: int) -> tuple[Work, ...]:
+        works: list[Work] = []
+        for sequence in ready:
+            steps = min(window, sequence.horizon)
+            sequence.pages += replica.pool.take(self._missing([sequence], steps))
+            works.append(Work(sequence, sequence.computed, steps, draws=steps, known=not sequence.ahead))
+            sequence.computed += steps
+            sequence.ahead += steps
+        return tuple(works)
 
     def _prefill(self, replica: _Replica) -> tuple[Work, ...]:
         works: list[Work] = []
@@ -140,6 +260,10 @@ class Scheduler:
             if not budget or len(works) == self._shape.max_prefill_sequences:
                 break
             length = min(budget, sequence.pending)
-            works.append(Work(sequence, sequence.computed, length))
+            draws = int(length == sequence.pending)
+            works.append(Work(sequence, sequence.computed, length, draws=draws, known=True))
             budget -= length
+            sequence.computed += length
+            sequence.ahead += draws
+            self.settle(sequence)
         return tuple(works)

@@ -1,11 +1,12 @@
 """One device step as arrays: what the scheduler's decision looks like to the runner.
 
-numpy only.  Every array has a leading replica axis `R`; a replica's rows are its `Bd` decode rows, which own the first
-`Bd` flat token positions, followed by `Bp` prefill rows, whose chunks lie back to back in the `Tp` positions after.
+numpy only.  Every array has a leading replica axis `R`.  A step has `D` decode rows a replica, row d that of the
+sequence with row d, and `Bp` rows for chunks of prompts, which lie back to back in `Tp` flat positions.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from qwq_jax.engine.pages import pages_for
 from qwq_jax.engine.request import Sequence
 
 MAX_TOP_LOGPROBS = 20
+# Stop ids of a row: most have one or two, and a program for all of OpenAI's 64 and the model's own.
+FEW_STOPS, MANY_STOPS = 8, 128
+_SMALLEST_CHUNK = 32
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,8 @@ class EngineShape:
 
     All but `replicas` and `max_context` count for one replica: `num_pages` pages of `page_size` tokens, `max_sequences`
     decode rows, and `prefill_chunk` prompt tokens of at most `max_prefill_sequences` sequences in one step.
+    `decode_window` is the most tokens that a sequence draws before the host looks, `drafts` the most that are guessed,
+    and `growth` the ratio of the sizes of tables and chunks that get programs of their own.
     """
 
     replicas: int
@@ -30,6 +36,11 @@ class EngineShape:
     page_size: int
     prefill_chunk: int
     max_prefill_sequences: int
+    vocab_size: int
+    decode_window: int = 1
+    drafts: int = 0
+    prefix_cache: bool = True
+    growth: int = 2
 
     @property
     def context(self) -> int:
@@ -37,37 +48,95 @@ class EngineShape:
         return min(self.max_context, self.num_pages * self.page_size)
 
     @property
-    def rows(self) -> int:
-        """Rows of one replica in a step; also the number of tokens it samples."""
-        return self.max_sequences + self.max_prefill_sequences
-
-    @property
     def max_table_width(self) -> int:
         """Pages of the longest sequence."""
         return pages_for(self.context, self.page_size)
 
-    def table_width(self, kv_length: int) -> int:
-        """The smallest power of two pages that holds `kv_length` tokens."""
-        return 1 << max(pages_for(kv_length, self.page_size) - 1, 0).bit_length()
+    @property
+    def table_widths(self) -> tuple[int, ...]:
+        """Widths of page tables, each with programs of its own, the narrowest first."""
+        return _sizes(self.max_table_width, 1, self.growth)
+
+    @property
+    def row_counts(self) -> tuple[int, ...]:
+        """Numbers of decode rows, each with programs of its own, the smallest first."""
+        return _sizes(self.max_sequences, 1, 4)
+
+    @property
+    def chunk_sizes(self) -> tuple[int, ...]:
+        """Numbers of flat positions for chunks of prompts, each with programs of its own, the smallest first."""
+        return _sizes(self.prefill_chunk, min(self.prefill_chunk, _SMALLEST_CHUNK), self.growth)
+
+
+def _sizes(largest: int, smallest: int, growth: int) -> tuple[int, ...]:
+    sizes = [largest]
+    while sizes[-1] > smallest:
+        sizes.append(max(smallest, -(-sizes[-1] // growth)))
+    return tuple(reversed(sizes))
+
+
+def smallest_of(sizes: tuple[int, ...], needed: int) -> int:
+    """The first of these sizes, which ascend, that is enough."""
+    return next(size for size in sizes if size >= needed)
+
+
+class Program(NamedTuple):
+    """What chooses a compiled step: sizes, and the parts that most steps do without.
+
+    Attributes:
+        decode_rows: D.
+        prefill_tokens: Tp; 0 where the step has no prompts.
+        table_width: Pages a row.
+        drafts: Guessed tokens a row, which the step checks; 0 for the window of tokens drawn one after another.
+        stop_ids: Stop ids a row.
+        bias: Biased tokens a row.
+        history: Tokens of a row that penalties look back on.
+        top: The likeliest tokens are wanted.
+        floor: Some row must not end yet.
+        mask: Some row's next token is restricted.
+        score: Log-probabilities of the prompts' own tokens are wanted.
+    """
+
+    decode_rows: int
+    prefill_tokens: int
+    table_width: int
+    drafts: int = 0
+    stop_ids: int = FEW_STOPS
+    bias: int = 0
+    history: int = 0
+    top: bool = False
+    floor: bool = False
+    mask: bool = False
+    score: bool = False
 
 
 @dataclass(frozen=True)
 class Work:
-    """Tokens `start : start + length` of one sequence, to be computed in this step."""
+    """Tokens from `start` on of one sequence, to be computed in this step.
+
+    `length` of them; `draws` tokens are drawn after them, or one after each where it decodes.  `known` says whether the
+    host knows the token at `start`; otherwise the devices do, from the step before.  `drafts` are guesses at the tokens
+    after it.
+    """
 
     sequence: Sequence
     start: int
     length: int
+    draws: int
+    known: bool = True
+    drafts: tuple[int, ...] = ()
 
     @property
-    def samples(self) -> bool:
-        """Whether the last of them is the sequence's last, so that the next token can be drawn."""
-        return self.start + self.length == len(self.sequence.tokens)
+    def first_draw(self) -> int:
+        """Position in its sequence of the first token drawn; that of no token where none is."""
+        if not self.draws:
+            return self.sequence.limit
+        return self.start + (self.length if self.draws == 1 and not self.drafts else 1)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """For each replica, the sequences that decode one token and the chunks of prompts."""
+    """For each replica, the sequences that decode and the chunks of prompts."""
 
     decode: tuple[tuple[Work, ...], ...]
     prefill: tuple[tuple[Work, ...], ...]
@@ -77,54 +146,30 @@ class Schedule:
         """Nothing to do."""
         return not any(self.decode) and not any(self.prefill)
 
+    @property
+    def works(self) -> Iterator[Work]:
+        """All of it."""
+        for works in (*self.decode, *self.prefill):
+            yield from works
 
-@dataclass(frozen=True)
-class SamplingPlan:
-    """How each sampled position is drawn; all `[R, S]`."""
-
-    temperature: np.ndarray
-    top_p: np.ndarray
-    top_k: np.ndarray
-    min_p: np.ndarray
-    seed: np.ndarray
-    position: np.ndarray
-    """Index of the drawn token in its sequence: together with the seed it fixes the random numbers."""
+    @property
+    def placed(self) -> Iterator[tuple[int, int, Work]]:
+        """The prompts' chunks with their replica and their place among its chunks."""
+        for replica, works in enumerate(self.prefill):
+            yield from ((replica, slot, work) for slot, work in enumerate(works))
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step, with `T = Bd + prefill_tokens` flat tokens and `S = Bd + Bp` rows a replica.
+    """One step: its program, and its arrays by name (`arrays_of` in `arrays.py` lists them)."""
 
-    `prefill_tokens`, the table width `W` and `want_top` choose the compiled program; the rest is data.
-    A row with `kv_length` 0 is empty.  `query_start[r, b]` is the flat position of row b's first token, and
-    `query_start[r, b + 1]` bounds the last prefill row; rows read `kv_length` tokens, this step's own included.
-    """
-
-    prefill_tokens: int
-    want_top: bool
-    tokens: np.ndarray
-    """[R, T] int32"""
-    positions: np.ndarray
-    """[R, T] int32"""
-    page_table: np.ndarray
-    """[R, S, W] int32, page numbers of the replica"""
-    kv_length: np.ndarray
-    """[R, S] int32"""
-    query_start: np.ndarray
-    """[R, S + 1] int32"""
-    sample_index: np.ndarray
-    """[R, S] int32, flat positions"""
-    sampling: SamplingPlan
-
-    @property
-    def table_width(self) -> int:
-        """W."""
-        return self.page_table.shape[-1]
+    program: Program
+    arrays: Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """The tokens drawn, `[R, S]`; `top_*` are `[R, S, MAX_TOP_LOGPROBS]` if the plan wanted them."""
+class Draws:
+    """Tokens drawn for rows: `[R, ..., rows]`, `top_*` with a last axis of MAX_TOP_LOGPROBS if the plan wanted them."""
 
     tokens: np.ndarray
     logprobs: np.ndarray
@@ -132,8 +177,24 @@ class StepResult:
     top_logprobs: np.ndarray | None = None
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """What a step brought.
+
+    Attributes:
+        decode: `[R, steps, D]` the window's tokens; what follows a row's end is arbitrary. With drafts `[R, T]`, one a
+            flat position.
+        prefill: `[R, Bp]`, one a chunk; arbitrary for those that draw none. None without chunks.
+        scored: `[R, Tp]` the log-probabilities of the tokens after each flat position of the chunks, if wanted.
+    """
+
+    decode: Draws
+    prefill: Draws | None = None
+    scored: Draws | None = None
+
+
 class Runner(Protocol):
-    """Whatever carries out a step: the devices, or a test's stand-in."""
+    """Whatever carries out steps, in the order in which they are submitted: the devices, or a test's stand-in."""
 
     @property
     def shape(self) -> EngineShape:
@@ -145,99 +206,10 @@ class Runner(Protocol):
         """How many programs it has compiled."""
         ...
 
-    def step(self, plan: StepPlan) -> StepResult:
-        """Compute the tokens, append their keys and values to the pages, draw the next tokens."""
+    def submit(self, plan: StepPlan) -> Any:
+        """Start a step: compute the tokens, append their keys and values to the pages, draw the next tokens."""
         ...
 
-
-class StepBuilder:
-    """Turns schedules into plans.
-
-    It keeps each decode row's page table between steps, so a step costs the host time by rows and new pages, not by
-    tokens in the cache.
-    """
-
-    def __init__(self, shape: EngineShape) -> None:
-        self._shape = shape
-        self._tables = np.zeros((shape.replicas, shape.max_sequences, shape.max_table_width), np.int32)
-        self._owners: dict[tuple[int, int], tuple[int, int, int]] = {}
-
-    def build(self, schedule: Schedule) -> StepPlan:
-        """Lay out one step."""
-        shape = self._shape
-        prefill_tokens = shape.prefill_chunk if any(schedule.prefill) else 0
-        flat = shape.max_sequences + prefill_tokens
-        tokens = np.zeros((shape.replicas, flat), np.int32)
-        positions = np.zeros((shape.replicas, flat), np.int32)
-        kv_length = np.zeros((shape.replicas, shape.rows), np.int32)
-        query_start = np.full((shape.replicas, shape.rows + 1), shape.max_sequences, np.int32)
-        query_start[:, : shape.max_sequences] = np.arange(shape.max_sequences)
-        sample_index = np.zeros((shape.replicas, shape.rows), np.int32)
-        sample_index[:, : shape.max_sequences] = np.arange(shape.max_sequences)
-        source = np.tile(np.minimum(np.arange(shape.rows), shape.max_sequences - 1), (shape.replicas, 1))
-        sampled: list[tuple[int, int, Sequence]] = []
-        for replica, works in enumerate(schedule.decode):
-            for work in works:
-                row = self._update_table(work.sequence)
-                tokens[replica, row] = work.sequence.tokens[work.start]
-                positions[replica, row] = work.start
-                kv_length[replica, row] = work.start + 1
-                sampled.append((replica, row, work.sequence))
-        for replica, works in enumerate(schedule.prefill):
-            begin = shape.max_sequences
-            for slot, work in enumerate(works, start=shape.max_sequences):
-                source[replica, slot] = self._update_table(work.sequence)
-                end, stop = begin + work.length, work.start + work.length
-                tokens[replica, begin:end] = work.sequence.tokens[work.start : stop]
-                positions[replica, begin:end] = np.arange(work.start, stop)
-                kv_length[replica, slot] = stop
-                query_start[replica, slot] = begin
-                query_start[replica, slot + 1 :] = end
-                sample_index[replica, slot] = end - 1
-                if work.samples:
-                    sampled.append((replica, slot, work.sequence))
-                begin = end
-        width = min(shape.table_width(int(kv_length.max())), shape.max_table_width)
-        return StepPlan(
-            prefill_tokens,
-            any(sequence.request.params.top_logprobs for _, _, sequence in sampled),
-            tokens,
-            positions,
-            np.take_along_axis(self._tables[:, :, :width], source[:, :, None], axis=1),
-            kv_length,
-            query_start,
-            sample_index,
-            self._sampling(sampled),
-        )
-
-    def _update_table(self, sequence: Sequence) -> int:
-        replica, row = sequence.replica, sequence.row
-        assert replica is not None and row is not None, "only admitted sequences are scheduled"
-        arrival, preemptions, filled = self._owners.get((replica, row), (-1, 0, 0))
-        if (arrival, preemptions) != (sequence.arrival, sequence.preemptions):
-            filled = 0
-        count = len(sequence.pages)
-        if filled < count:
-            self._tables[replica, row, filled:count] = sequence.pages[filled:]
-            self._owners[replica, row] = (sequence.arrival, sequence.preemptions, count)
-        return row
-
-    def _sampling(self, sampled: list[tuple[int, int, Sequence]]) -> SamplingPlan:
-        size = (self._shape.replicas, self._shape.rows)
-        plan = SamplingPlan(
-            temperature=np.zeros(size, np.float32),
-            top_p=np.ones(size, np.float32),
-            top_k=np.zeros(size, np.int32),
-            min_p=np.zeros(size, np.float32),
-            seed=np.zeros(size, np.uint32),
-            position=np.zeros(size, np.int32),
-        )
-        for replica, slot, sequence in sampled:
-            params = sequence.request.params
-            plan.temperature[replica, slot] = params.temperature
-            plan.top_p[replica, slot] = params.top_p
-            plan.top_k[replica, slot] = params.top_k
-            plan.min_p[replica, slot] = params.min_p
-            plan.seed[replica, slot] = sequence.seed
-            plan.position[replica, slot] = len(sequence.tokens)
-        return plan
+    def collect(self, ticket: Any) -> StepResult:
+        """Wait for what `submit` started."""
+        ...

@@ -47,6 +47,7 @@ def make_engine(config: ModelConfig, params: Params, mesh: MeshConfig = MeshConf
     sizes = {
         "max_sequences": 8,
         "page_size": 32,
+        "decode_window": 4,
         "max_context": 96,
         "prefill_chunk": 32,
         "compute_dtype": "float32",
