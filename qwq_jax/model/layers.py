@@ -64,7 +64,10 @@ class Attention(nnx.Module):
             k += self.k_bias[...].astype(x.dtype)
             v += self.v_bias[...].astype(x.dtype)
         out, cache = attend(rotate(q, *rotary), rotate(k, *rotary), v, cache)
-        return jnp.einsum("btnh,nhd->btd", out, self.o_kernel[...].astype(x.dtype)), cache
+        # One axis of N x H, not two: for a sum over two XLA:CPU transposes the kernel anew in every step.
+        o_kernel = self.o_kernel[...].astype(x.dtype)
+        merged = out.reshape(*out.shape[:2], -1)
+        return jnp.einsum("btm,md->btd", merged, o_kernel.reshape(-1, o_kernel.shape[-1])), cache
 
 
 class MLP(nnx.Module):

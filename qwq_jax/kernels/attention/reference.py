@@ -13,6 +13,8 @@ from qwq_jax.kernels.attention.pages import KEY, VALUE, PagedLayer, PagedOutput,
 
 # Finite, so that a row with no visible key gives 0 / 0 nowhere: such rows are zeroed instead.
 MASKED = -1e30
+# Pages of all rows that decoding reads at once: few enough to stay in a core's cache, many enough to be worth a turn.
+DECODE_PAGES = 16
 
 
 def attention(
@@ -60,6 +62,24 @@ def attention(
     return out, jnp.concatenate(lses, axis=-1).reshape(B, N, T)
 
 
+def _read_pages(layer: PagedLayer, pages: jax.Array, which: int, dtype: Any) -> jax.Array:
+    """Keys or values of `pages` `[...]`, as `[K, ..., page, H]` of this dtype."""
+    values = layer.kv.at[:, pages, which].get(mode="clip")
+    if layer.scales is None:
+        return values.astype(dtype)
+    scales = layer.scales[:, :, :, which].at[:, pages].get(mode="clip").reshape(*values.shape[:-1], 1)
+    return (values.astype(jnp.float32) * scales).astype(dtype)
+
+
+def _append(layer: PagedLayer, k: jax.Array, v: jax.Array, slots: jax.Array) -> PagedLayer:
+    """`append_to_pages`, in place for a single token too: XLA would turn its scatter into copies of the whole pool."""
+    if slots.shape[0] == 1:
+        outside = layer.kv.shape[1] * layer.kv.shape[3]
+        k, v, slots = (jnp.concatenate([x, x]) for x in (k, v, slots))
+        slots = slots.at[1].set(outside)
+    return append_to_pages(layer, k, v, slots)
+
+
 def _attend_rows(
     q: jax.Array, layer: PagedLayer, page_table: jax.Array, kv_length: jax.Array, first: jax.Array, scale: float
 ) -> tuple[jax.Array, jax.Array]:
@@ -71,14 +91,7 @@ def _attend_rows(
     B, T, N, H = q.shape
     K, _, _, page, _ = layer.kv.shape
     S = page_table.shape[1] * page
-
-    def gather(which: int) -> jax.Array:
-        pages = layer.kv.at[:, page_table, which].get(mode="clip").reshape(K, B, S, H)
-        if layer.scales is None:
-            return pages.astype(q.dtype)
-        scales = layer.scales[:, :, :, which].at[:, page_table].get(mode="clip").reshape(K, B, S, 1)
-        return (pages.astype(jnp.float32) * scales).astype(q.dtype)
-
+    gather = lambda which: _read_pages(layer, page_table, which, q.dtype).reshape(K, B, S, H)  # noqa: E731
     rows = q.reshape(B, T, K, N // K, H).transpose(2, 0, 1, 3, 4).reshape(K, B, T * (N // K), H)
     scores = jnp.einsum("kbth,kbsh->kbts", rows, gather(KEY), preferred_element_type=jnp.float32) * scale
     scores = scores.reshape(K, B, T, N // K, S)
@@ -93,6 +106,63 @@ def _attend_rows(
     out = jnp.einsum("kbts,kbsh->kbth", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
     lse = jax.nn.logsumexp(scores, axis=-1).transpose(1, 2, 0, 3).reshape(B, T, N)
     return out.reshape(K, B, T, N // K, H).transpose(1, 2, 0, 3, 4).reshape(B, T, N, H), lse
+
+
+def _attend_decode(
+    q: jax.Array, layer: PagedLayer, page_table: jax.Array, kv_length: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """Rows of one query each, q `[B, N, H]`, the last token of its row.
+
+    The pages in use, of all rows, are one list, and a loop takes `DECODE_PAGES` of them at a time: time goes by tokens
+    in the cache, not by the longest row, and what was read is still in the core's cache when it is used. Each page
+    gives a maximum, a sum and a weighted value, which its row joins at the end (as in arXiv 1805.02867).
+
+    Returns:
+        Output `[B, N, H]` and log-sum-exp `[B, N]`, float32.
+    """
+    (B, N, H), W = q.shape, page_table.shape[1]
+    K, _, _, page, _ = layer.kv.shape
+    G, size = N // K, min(DECODE_PAGES, B * W)
+    total = -(-B * W // size) * size
+    counts = -(-kv_length // page)
+    ends = jnp.cumsum(counts)
+    starts, in_use = ends - counts, ends[-1]
+    item = jnp.arange(total)
+    row = jnp.minimum(jnp.searchsorted(ends, item, side="right"), B - 1)
+    column = jnp.clip(item - starts[row], 0, W - 1)
+    listed = page_table[row, column]
+    tokens = jnp.where(item < in_use, kv_length[row] - column * page, 0)  # of the row, from this page on
+    queries = q.reshape(B, K, G, H).transpose(1, 0, 2, 3)
+
+    def body(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        begin, *parts = state
+        pages, rows, left = (jax.lax.dynamic_slice(x, (begin,), (size,)) for x in (listed, row, tokens))
+        live = (jnp.arange(page) < left[:, None])[None, :, :, None]
+        keys = _read_pages(layer, pages, KEY, q.dtype)
+        # The many keys on the left: XLA's product of few rows by a transposed matrix is the slower one.
+        scores = jnp.einsum("kpsh,kpgh->kpsg", keys, queries[:, rows], preferred_element_type=jnp.float32) * scale
+        scores = jnp.where(live, scores, MASKED)
+        top = jnp.max(scores, axis=2)
+        weights = jnp.exp(scores - top[:, :, None])
+        # Pages are reused and never cleared: what lies past a row's end may be NaN, and 0 x NaN is NaN.
+        values = jnp.where(live, _read_pages(layer, pages, VALUE, q.dtype), 0)
+        out = jnp.einsum("kpsg,kpsh->kpgh", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
+        new = (top, jnp.sum(weights, axis=2), out)
+        put = jax.lax.dynamic_update_slice_in_dim
+        return begin + size, *(put(part, x, begin, axis=1) for part, x in zip(parts, new, strict=True))
+
+    sizes = ((K, total, G), (K, total, G), (K, total, G, H))
+    zeros = (jnp.zeros(shape, jnp.float32) for shape in sizes)
+    _, top, sums, outs = jax.lax.while_loop(lambda state: state[0] < in_use, body, (jnp.int32(0), *zeros))
+    mine = (jnp.arange(W) < counts[:, None])[None, :, :, None]
+    at = jnp.minimum(starts[:, None] + jnp.arange(W), total - 1)
+    top = jnp.where(mine, top[:, at], MASKED)  # [K, B, W, G]
+    highest = jnp.max(top, axis=2)
+    share = jnp.where(mine, jnp.exp(top - highest[:, :, None]), 0)
+    normaliser = jnp.maximum(jnp.sum(share * sums[:, at], axis=2), jnp.finfo(jnp.float32).tiny)
+    out = jnp.sum(share[..., None] * outs[:, at], axis=2) / normaliser[..., None]
+    lse = highest + jnp.log(normaliser)
+    return out.transpose(1, 0, 2, 3).reshape(B, N, H), lse.transpose(1, 0, 2).reshape(B, N)
 
 
 def paged_attention(
@@ -123,11 +193,12 @@ def paged_attention(
     """
     T, N, wanted = q.shape
     q, k, v = (widen(x, layer.kv.shape[4]) for x in (q, k, v))
-    layer = append_to_pages(layer, k, v, rows.slots)
+    layer = _append(layer, k, v, rows.slots)
     table, length = rows.page_table, rows.kv_length
-    first = length[:decode_rows] - 1
-    out, lse = _attend_rows(q[:decode_rows, None], layer, table[:decode_rows], length[:decode_rows], first, scale)
-    out, lse = out[:, 0], lse[:, 0]
+    if decode_rows:
+        out, lse = _attend_decode(q[:decode_rows], layer, table[:decode_rows], length[:decode_rows], scale)
+    else:
+        out, lse = jnp.zeros((0, *q.shape[1:]), jnp.float32), jnp.zeros((0, N), jnp.float32)
     if max_query == 0:
         return PagedOutput(out[..., :wanted].astype(q.dtype), lse, layer)
     fill = T - decode_rows

@@ -1,0 +1,35 @@
+"""The benchmark of the engine runs, tells what it measured, and notices tokens that transformers would not choose."""
+
+from tools.bench_engine import Runner, Workload, disagreements, load_peer, make_workload, measure, parse, report
+
+TINY = "--tiny --layers 1 --requests 3 --rows 2 --batches 2 --longest 6 --stream 4 --repetitions 1 --no-start".split()
+
+
+def test_workload_is_seeded_ragged_and_capped():
+    work = make_workload(200, 512, longest=100)
+    assert work == make_workload(200, 512, longest=100)
+    assert len({len(prompt) for prompt in work.prompts}) > 90
+    assert max(work.lengths) == 100 and 50 < sorted(work.lengths)[100] < 80
+    assert work.tokens == sum(work.lengths)
+
+
+def test_report_compares_the_best_with_the_best_peer():
+    runners = [Runner("qwq_jax", lambda: None, 100, [2.0, 1.0]), Runner("a", lambda: None, 100, [4.0, 5.0])]
+    text = report(parse(TINY), [*runners, Runner("b", lambda: None, 50, [1.0])], ["a note"], 1.5)
+    assert "best peer: b; qwq_jax is 2.00 times as fast" in text
+    assert "| a | 25.0 | 22.2 | 4.00 |" in text and "- a note" in text
+
+
+def test_a_tiny_run_measures_all_and_a_wrong_token_is_told(tmp_path):
+    runners, notes = measure(parse(TINY), tmp_path)
+    assert [runner.name for runner in runners][:3] == [
+        "qwq_jax",
+        "transformers, batches of 2",
+        "transformers, batches of 2, sorted by length",
+    ]
+    assert all(len(runner.seconds) == 1 for runner in runners)
+    assert any("single stream" in note for note in notes)
+    work = Workload([[5, 6, 7]], [1])
+    model = load_peer(tmp_path / "source")
+    wrong = [text for token in range(40) for text in disagreements(model, work, [(token,)])]
+    assert len(wrong) >= 39 and "below the likeliest" in wrong[0]
