@@ -23,8 +23,8 @@ class EngineConfig(Frozen):
         compute_dtype: Type of weights and activations on the device.
         cache_dtype: Type of the key-value cache. ``None`` takes `compute_dtype`; the 8-bit ones keep a scale a token
             and head, and halve the memory of a bfloat16 cache.
-        weights: ``int8``, ``int4``, ... (see `config.weights`) quantises the projections while they are loaded. ``None``
-            leaves them as the checkpoint has them, which may itself be quantised.
+        weights: ``int8``, ``int4``, ... (see `config.weights`) quantises the projections while they are loaded.
+            ``None`` leaves them as the checkpoint has them, which may itself be quantised.
         activations: ``int8`` makes inputs of 8-bit projections int8 too: twice the products a second of prompts, on
             TPUs that have them (v5e, v5p, v6e).
     """

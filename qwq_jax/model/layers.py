@@ -26,13 +26,11 @@ def param(shape: tuple[int, ...], axes: Axes, fill: float = 0.0, *, own_dtype: A
     return nnx.Param(jnp.full(shape, fill, own_dtype or jnp.float32), axes=axes, own_dtype=own_dtype)
 
 
-def kernel(
-    shape: tuple[int, ...], axes: Axes, weights: WeightFormat | None, *, contracted: int = 1
-) -> tuple[nnx.Param, nnx.Param | None]:
-    """A projection whose leading dimensions are summed over, and its scales if it is quantised."""
+def kernel(shape: tuple[int, ...], axes: Axes, weights: WeightFormat | None) -> tuple[nnx.Param, nnx.Param | None]:
+    """A projection, and its scales if it is quantised."""
     if weights is None:
         return param(shape, axes), None
-    format = kernel_format(weights, shape, axes, contracted)
+    format = kernel_format(weights, shape, axes)
     scale = param(*format.scale(shape, axes), own_dtype=jnp.float32)
     return param(*format.kernel(shape, axes), own_dtype=DTYPES[format.bits]), scale
 
@@ -62,7 +60,7 @@ class Attention(nnx.Module):
         self.q_kernel, self.q_kernel_scale = kernel((D, N, H), ("embed", "heads", None), weights)
         self.k_kernel, self.k_kernel_scale = kernel((D, K, H), ("embed", "kv_heads", None), weights)
         self.v_kernel, self.v_kernel_scale = kernel((D, K, H), ("embed", "kv_heads", None), weights)
-        self.o_kernel, self.o_kernel_scale = kernel((N, H, D), ("heads", None, "embed"), weights, contracted=2)
+        self.o_kernel, self.o_kernel_scale = kernel((N, H, D), ("heads", None, "embed"), weights)
         self.has_bias = config.qkv_bias
         if self.has_bias:
             self.q_bias = param((N, H), ("heads", None))

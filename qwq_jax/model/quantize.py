@@ -9,10 +9,10 @@ logical axes of the dimensions they belong to. Down `[F, D]`, axes (mlp, embed),
 | int4    | `[F/g, g, D]`, (mlp, None, embed)   | `[F/g, D]`, (mlp, embed): one a group of g     |
 |         |                                     | neighbours of the last contracted dimension    |
 
-Symmetric: scale = max|w| / 127 (or 7) and q = round(w / scale), ties to even, in float32. A scale multiplies the product,
-of a channel or of a group, so that the weight is read as 8 or 4 bits and no wider copy of it exists: a weight that is
-scaled on its way into the product becomes bfloat16 in memory as soon as the compiler cannot fuse it. Groups are a
-dimension of the array, and never straddle the shards of a tensor axis of up to 8.
+Symmetric: scale = max|w| / 127 (or 7) and q = round(w / scale), ties to even, in float32. A scale multiplies the
+product, of a channel or of a group, so that the weight is read as 8 or 4 bits and no wider copy of it exists: a weight
+that is scaled on its way into the product becomes bfloat16 in memory as soon as the compiler cannot fuse it. Groups are
+a dimension of the array, and never straddle the shards of a tensor axis of up to 8.
 """
 
 import math
@@ -38,38 +38,40 @@ class KernelFormat:
 
     Attributes:
         bits: 8 or 4.
-        contracted: Number of leading dimensions that the product sums over.
-        group: Of 4 bits, neighbours of the last of them that share a scale.
+        summed: The dimensions of the quantised kernel that share a scale.
+        group: Of 4 bits, the size of the one dimension in `summed`, cut from the one before it.
     """
 
     bits: int
-    contracted: int
+    summed: tuple[int, ...]
     group: int | None = None
 
     def kernel(self, shape: tuple[int, ...], axes: Axes) -> tuple[tuple[int, ...], Axes]:
         """Shape and axes of the quantised kernel."""
         if self.group is None:
             return shape, axes
-        last = self.contracted
-        shape = (*shape[: last - 1], shape[last - 1] // self.group, self.group, *shape[last:])
-        return shape, (*axes[:last], None, *axes[last:])
+        at = self.summed[0]
+        shape = (*shape[: at - 1], shape[at - 1] // self.group, self.group, *shape[at:])
+        return shape, (*axes[:at], None, *axes[at:])
 
     def scale(self, shape: tuple[int, ...], axes: Axes) -> tuple[tuple[int, ...], Axes]:
         """Shape and axes of its scales."""
-        if self.group is None:
-            return shape[self.contracted :], axes[self.contracted :]
-        last = self.contracted
-        return (*shape[: last - 1], shape[last - 1] // self.group, *shape[last:]), axes
+        shape, axes = self.kernel(shape, axes)
+        kept = [index for index in range(len(shape)) if index not in self.summed]
+        return tuple(shape[index] for index in kept), tuple(axes[index] for index in kept)
 
 
-def kernel_format(weights: WeightFormat, shape: tuple[int, ...], axes: Axes, contracted: int) -> KernelFormat:
+def kernel_format(weights: WeightFormat, shape: tuple[int, ...], axes: Axes) -> KernelFormat:
     """The format of a projection of this shape.
 
     Raises:
         ValueError: No group of a useful size fits it.
     """
+    if axes[0] == "vocab":  # the head, whose contraction comes last
+        return KernelFormat(8, (1,))
+    contracted = 2 if axes[0] == "heads" else 1  # what comes from heads sums over their width too
     if weights.group is None:
-        return KernelFormat(weights.bits, contracted)
+        return KernelFormat(8, tuple(range(contracted)))
     whole, axis = shape[contracted - 1], axes[contracted - 1]
     # Of the contracted dimensions, a mesh cuts heads, which lie before the last one, and mlp.
     extent = whole // SHARDS if axis == "mlp" and whole % SHARDS == 0 else whole
@@ -79,7 +81,7 @@ def kernel_format(weights: WeightFormat, shape: tuple[int, ...], axes: Axes, con
             f"4-bit weights need groups of {SMALLEST_GROUP} or more that divide every shard of up to {SHARDS}, and an "
             f"even number of outputs, which a projection of {' x '.join(map(str, shape))} does not have; use int8"
         )
-    return KernelFormat(weights.bits, contracted, group)
+    return KernelFormat(4, (contracted,), group)
 
 
 def project(
@@ -117,7 +119,7 @@ def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Activations `[..., D]` as int8 and float32 scales `[..., 1]`, one a token."""
     values = x.astype(jnp.float32)
     scale = _scale(jnp.max(jnp.abs(values), axis=-1, keepdims=True), 8)
-    return jnp.round(values / scale).astype(jnp.int8), scale
+    return jnp.round(values * (1 / scale)).astype(jnp.int8), scale
 
 
 def quantize(w: jax.Array, format: KernelFormat) -> tuple[jax.Array, jax.Array]:
@@ -125,13 +127,9 @@ def quantize(w: jax.Array, format: KernelFormat) -> tuple[jax.Array, jax.Array]:
 
     The largest weight of a channel is sought over all shards: jax.jit sees the whole array.
     """
-    values = w.astype(jnp.float32)
-    summed = tuple(range(format.contracted))
-    if format.group is not None:
-        values = values.reshape(format.kernel(w.shape, (None,) * w.ndim)[0])
-        summed = (format.contracted,)
-    scale = _scale(jnp.max(jnp.abs(values), axis=summed, keepdims=True), format.bits)
-    return jnp.round(values / scale).astype(DTYPES[format.bits]), jnp.squeeze(scale, summed)
+    values = w.astype(jnp.float32).reshape(format.kernel(w.shape, (None,) * w.ndim)[0])
+    scale = _scale(jnp.max(jnp.abs(values), axis=format.summed, keepdims=True), format.bits)
+    return jnp.round(values * (1 / scale)).astype(DTYPES[format.bits]), jnp.squeeze(scale, format.summed)
 
 
 def quantize_host(w: np.ndarray, bits: int, group: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -151,7 +149,7 @@ def quantize_host(w: np.ndarray, bits: int, group: int | None) -> tuple[np.ndarr
         values = w[start : start + step].astype(np.float32).reshape(-1, width // size, size)
         part = np.abs(values).max(axis=-1) * np.float32(1 / LARGEST[bits])
         part[part == 0] = 1
-        values /= part[..., None]
+        values *= (1 / part)[..., None]
         q[start : start + step] = np.rint(values, out=values).reshape(-1, width)
         scale[start : start + step] = part
     return q, scale
@@ -192,9 +190,7 @@ def _grouped(equation: str, x: jax.Array, w: jax.Array, s: jax.Array) -> jax.Arr
     assert "c" not in equation and x.shape[-1] == math.prod(w.shape[len(summed) - 1 : len(summed) + 1])
     split = x.reshape(*x.shape[:-1], -1, w.shape[len(summed)])
     product = f"{left},{right}".replace(last, f"c{last}")
-    parts = jnp.einsum(
-        f"{product}->{groups}{out}", split, w.astype(x.dtype), preferred_element_type=jnp.float32
-    )
+    parts = jnp.einsum(f"{product}->{groups}{out}", split, w.astype(x.dtype), preferred_element_type=jnp.float32)
     scales = right.replace(last, "c")
     # Between devices the sum travels in x's dtype, as without quantisation.
     precise = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": x.dtype}
@@ -202,6 +198,6 @@ def _grouped(equation: str, x: jax.Array, w: jax.Array, s: jax.Array) -> jax.Arr
 
 
 def _scale(largest: jax.Array, bits: int) -> jax.Array:
-    # Times the reciprocal, which compilers make of a division by a constant: hosts and devices round alike.
+    # Times the reciprocal, here and of scales, which XLA makes of such divisions anyway: hosts and devices round alike.
     scale = largest * np.float32(1 / LARGEST[bits])
     return jnp.where(scale == 0, 1, scale)

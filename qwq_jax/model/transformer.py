@@ -13,7 +13,7 @@ from flax import nnx
 
 from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.weights import WeightFormat
-from qwq_jax.model.layers import Attend, Block, RMSNorm, param
+from qwq_jax.model.layers import Attend, Block, RMSNorm, kernel, param
 from qwq_jax.model.rope import rotary_tables
 
 
@@ -28,11 +28,12 @@ class Embed(nnx.Module):
 class Head(nnx.Module):
     """Output projection `[V, D]`, row-major by token as the embedding is; in 8 bits with one scale a token."""
 
-    def __init__(self, config: ModelConfig, *, quantized: bool = False):
+    def __init__(self, config: ModelConfig, weights: WeightFormat | None = None):
         """Declares the matrix."""
-        own = jnp.int8 if quantized else None
-        self.kernel = param((config.vocab_size, config.hidden_size), ("vocab", "embed"), own_dtype=own)
-        self.kernel_scale = param((config.vocab_size,), ("vocab",), own_dtype=jnp.float32) if quantized else None
+        shape = (config.vocab_size, config.hidden_size)
+        self.kernel, self.kernel_scale = kernel(
+            shape, ("vocab", "embed"), weights if weights and weights.head else None
+        )
 
 
 class Transformer(nnx.Module):
@@ -71,7 +72,7 @@ class Transformer(nnx.Module):
         self.layers = Block(config) if stacked else nnx.List([Block(config, weights) for _ in range(config.num_layers)])
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.head = Head(config, quantized=weights is not None and weights.head)
+            self.head = Head(config, weights)
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, attend: Attend, cache: tuple[Any, ...] | None = None
