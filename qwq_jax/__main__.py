@@ -103,6 +103,9 @@ def convert(
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None, typer.Option(help="Store weights as this; their own type otherwise.")
     ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(metavar="int8|int4", help="Store projections in 8 or 4 bits; int4-g64, int8-head, ...")
+    ] = None,
     allow_nan: Annotated[bool, typer.Option("--allow-nan", help="Accept weights that are NaN or infinite.")] = False,
     low_disk: Annotated[bool, typer.Option("--low-disk", help="Delete each downloaded shard after use.")] = False,
 ) -> None:
@@ -111,20 +114,23 @@ def convert(
     from qwq_jax.jobs import convert as job
 
     runtime.start()
-    job.convert(source, dest, dtype=dtype, allow_nan=allow_nan, low_disk=low_disk)
+    job.convert(source, dest, dtype=dtype, quantize=quantize, allow_nan=allow_nan, low_disk=low_disk)
 
 
 @app.command(epilog="Example: `qwq-jax export runs/sft/model-000800 exported`")
 def export(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint directory, local or gs://.")],
     dest: Annotated[str, typer.Argument(help="Hugging Face directory to write.")],
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Write a quantised checkpoint, whose original is lost.")
+    ] = False,
 ) -> None:
     """Turn an Orbax checkpoint back into a Hugging Face model directory."""
     from qwq_jax import runtime
     from qwq_jax.jobs import export as job
 
     runtime.start()
-    job.export(checkpoint, dest)
+    job.export(checkpoint, dest, dequantize=dequantize)
 
 
 @app.command(

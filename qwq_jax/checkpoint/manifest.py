@@ -4,8 +4,10 @@ from pydantic import NonNegativeInt, PositiveInt, ValidationError
 
 from qwq_jax.config.frozen import Frozen
 from qwq_jax.config.model import ModelConfig
+from qwq_jax.config.weights import WeightFormat
 
 FORMAT_VERSION = 1
+QUANTIZED_VERSION = 2
 
 
 class TensorRecord(Frozen):
@@ -18,7 +20,8 @@ class TensorRecord(Frozen):
         source: Name of the Hugging Face tensor.
         source_dtype: Dtype of the Hugging Face tensor.
         sha256: Hash of the bytes of the Hugging Face tensor that was read, or that training would have written.
-        stored_sha256: Hash of the bytes that ``export`` writes: the same tensor in the stored dtype.
+        stored_sha256: Hash of the bytes that ``export`` writes: the same tensor in the stored dtype. Of a quantised one
+            and its scales: of what is stored, in the layout of the Hugging Face tensor.
     """
 
     path: str
@@ -34,12 +37,13 @@ class Manifest(Frozen):
     """What ``manifest.json`` holds.
 
     Attributes:
-        format_version: Version of the layout on disk.
+        format_version: Version of the layout on disk: 1, or 2 for quantised weights.
         identity: Hash of all that decides the contents: the source's files, the settings.
         origin: Where the weights came from, for people.
         config: The architecture.
         files: Names of the files carried along verbatim (config.json, tokenizer, ...).
         tensors: One record a parameter, in Hugging Face's order.
+        weights: How the projections are quantised, if they are.
     """
 
     format_version: PositiveInt = FORMAT_VERSION
@@ -48,10 +52,12 @@ class Manifest(Frozen):
     config: ModelConfig
     files: tuple[str, ...]
     tensors: tuple[TensorRecord, ...]
+    weights: WeightFormat | None = None
 
     def to_json(self) -> bytes:
         """The contents of ``manifest.json``; equal manifests give equal bytes."""
-        return (self.model_dump_json(indent=1) + "\n").encode()
+        absent = {"weights"} if self.weights is None else set()  # which earlier versions of the program refuse
+        return (self.model_dump_json(indent=1, exclude=absent) + "\n").encode()
 
 
 def read_manifest(data: bytes, where: str) -> Manifest:
@@ -66,6 +72,7 @@ def read_manifest(data: bytes, where: str) -> Manifest:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "the file"
         raise ValueError(f"{where} is not a manifest of this program: {field}: {first['msg']}") from None
-    if manifest.format_version != FORMAT_VERSION:
-        raise ValueError(f"{where} has format version {manifest.format_version}, this program reads {FORMAT_VERSION}")
+    expected = FORMAT_VERSION if manifest.weights is None else QUANTIZED_VERSION
+    if manifest.format_version != expected:
+        raise ValueError(f"{where} has format version {manifest.format_version}, this program reads {expected}")
     return manifest

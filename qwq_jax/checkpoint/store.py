@@ -25,10 +25,10 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from typing import Any
 
@@ -40,8 +40,11 @@ import tensorstore as ts
 
 from qwq_jax.checkpoint.damage import restoring
 from qwq_jax.checkpoint.directory import Directory, LocalDirectory, explained, open_directory
-from qwq_jax.checkpoint.manifest import Manifest, TensorRecord, read_manifest
+from qwq_jax.checkpoint.manifest import FORMAT_VERSION, QUANTIZED_VERSION, Manifest, TensorRecord, read_manifest
+from qwq_jax.checkpoint.quantized import stored_spec
 from qwq_jax.config.model import ModelConfig
+from qwq_jax.config.weights import WeightFormat
+from qwq_jax.model.quantize import SCALE, kernel_format, quantize, unpack
 from qwq_jax.model.spec import ArraySpec, model_spec
 from qwq_jax.sharding import Layout
 
@@ -182,18 +185,25 @@ class CheckpointWriter:
                 self.directory.delete(name)
             self.directory.remove_if_empty()
 
-    def commit(self, config: ModelConfig, files: Mapping[str, bytes]) -> Manifest:
+    def commit(self, config: ModelConfig, files: Mapping[str, bytes], weights: WeightFormat | None = None) -> Manifest:
         """Writes companions, manifest and Orbax's metadata, then the marker.
 
         Args:
             config: The architecture.
             files: Companions by name.
+            weights: How the projections are quantised, if they are.
         """
         missing = self.spec.keys() - self.finished.keys()
         assert not missing, sorted(missing)[:3]
         records = tuple(self.finished[name] for name in self.spec)
         manifest = Manifest(
-            identity=self.identity, origin=self.origin, config=config, files=tuple(files), tensors=records
+            format_version=FORMAT_VERSION if weights is None else QUANTIZED_VERSION,
+            identity=self.identity,
+            origin=self.origin,
+            config=config,
+            files=tuple(files),
+            tensors=records,
+            weights=weights,
         )
         contents = manifest.to_json()
         with explained(f"cannot write {self.directory.path}"):
@@ -231,9 +241,9 @@ class Checkpoint:
 
     @cached_property
     def spec(self) -> dict[str, ArraySpec]:
-        """Every parameter with the dtype it is stored in."""
+        """Every parameter with the dtype it is stored in; 4-bit ones are packed, see `quantized`."""
         stored = {record.path: np.dtype(record.dtype) for record in self.manifest.tensors}
-        model = model_spec(self.config)
+        model = stored_spec(model_spec(self.config, weights=self.manifest.weights))
         return {name: ArraySpec(spec.shape, stored[name], spec.axes) for name, spec in model.items()}
 
     @cached_property
@@ -272,30 +282,105 @@ def open_checkpoint(path: str) -> Checkpoint:
         return Checkpoint(path, read_manifest(contents, f"{path}/{MANIFEST}"), directory)
 
 
-def restore_params(checkpoint: Checkpoint, layout: Layout | None, dtype: Any = None) -> dict[str, jax.Array]:
+def restore_params(
+    checkpoint: Checkpoint, layout: Layout | None, dtype: Any = None, weights: WeightFormat | None = None
+) -> dict[str, jax.Array]:
     """Restores every parameter straight onto its shards; a process reads only the chunks its devices hold.
+
+    Weights to be quantised are so a layer at a time, on the devices: beside the result there is never more than one
+    layer in the precision of the checkpoint.
 
     Args:
         checkpoint: From `open_checkpoint`.
         layout: Mesh and table; ``None`` puts all on the first device.
-        dtype: Convert to this; ``None`` keeps what is stored.
+        dtype: Convert to this what is not quantised; ``None`` keeps what is stored.
+        weights: How the projections are to be quantised; what the checkpoint holds if it is quantised itself.
 
     Raises:
-        ValueError: A parameter is damaged, cannot be read, or does not fit the memory of the devices.
+        ValueError: A parameter is damaged, cannot be read, or does not fit the memory of the devices; or the checkpoint
+            is quantised otherwise.
     """
-    single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = {}
-    for name, spec in checkpoint.spec.items():
-        sharding = single if layout is None else layout.sharding(spec.axes, spec.shape)
-        abstract[name] = jax.ShapeDtypeStruct(spec.shape, np.dtype(dtype or spec.dtype), sharding=sharding)
+    stored = checkpoint.manifest.weights
+    if stored is not None and (weights is None or weights.stored != stored):
+        wanted = "full precision" if weights is None else f"{weights.name} weights"
+        raise ValueError(
+            f"{checkpoint.path} holds {stored.name} weights, where {wanted} are needed: use the checkpoint that it was "
+            "made from"
+        )
+    spec = checkpoint.spec
+    dtypes = {
+        name: array.dtype if dtype is None or _is_quantized(spec, name) else np.dtype(dtype)
+        for name, array in spec.items()
+    }
+    if weights is None:
+        return _restore(checkpoint, layout, dtypes)
+    target = model_spec(checkpoint.config, weights=weights)
+    if stored is not None:
+        params = _restore(checkpoint, layout, dtypes)
+        for name in [name for name, array in target.items() if array.dtype == "int4"]:
+            made = jax.jit(unpack, out_shardings=_sharding(layout, target[name]))
+            params[name] = jax.block_until_ready(made(params.pop(name)))
+        return params
+    return _quantized_on_devices(checkpoint, layout, dtypes, weights)
+
+
+def _quantized_on_devices(
+    checkpoint: Checkpoint, layout: Layout | None, dtypes: Mapping[str, Any], weights: WeightFormat
+) -> dict[str, jax.Array]:
+    spec, target = checkpoint.spec, model_spec(checkpoint.config, weights=weights)
+    params: dict[str, jax.Array] = {}
+    programs: dict[str, Any] = {}  # those of one layer serve all
+    for names in _by_layer(spec):
+        own = {name: spec[name].dtype if name + SCALE in target else dtypes[name] for name in names}
+        for name, array in _restore(checkpoint, layout, own).items():
+            if name + SCALE not in target:
+                params[name] = array
+                continue
+            kind = name.split(".")[-1]
+            if kind not in programs:
+                places = tuple(_sharding(layout, target[path]) for path in (name, name + SCALE))
+                format = kernel_format(weights, spec[name].shape, spec[name].axes)
+                programs[kind] = jax.jit(partial(quantize, format=format), out_shardings=places)
+            params[name], params[name + SCALE] = jax.block_until_ready(programs[kind](array))
+    return params
+
+
+def _restore(checkpoint: Checkpoint, layout: Layout | None, dtypes: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """These parameters in these dtypes."""
+    spec = checkpoint.spec
+    abstract = {
+        name: jax.ShapeDtypeStruct(spec[name].shape, np.dtype(dtype), sharding=_sharding(layout, spec[name]))
+        for name, dtype in dtypes.items()
+    }
     largest = max(math.prod(s.shape) * s.dtype.itemsize for s in abstract.values())
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=4 + 2 * largest // 10**9)
     arguments = ocp.args.PyTreeRestore(
-        item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
+        item=abstract,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+        partial_restore=len(abstract) < len(spec),
     )
     with ocp.Checkpointer(handler) as checkpointer, explained(f"cannot read {checkpoint.path}"):
         with restoring(checkpoint.path, abstract), _os_errors():
             return checkpointer.restore(_place(checkpoint.path), args=arguments)
+
+
+def _is_quantized(spec: Mapping[str, ArraySpec], name: str) -> bool:
+    return name + SCALE in spec or name.endswith("kernel" + SCALE)
+
+
+def _sharding(layout: Layout | None, spec: ArraySpec) -> jax.sharding.Sharding:
+    if layout is None:
+        return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return layout.sharding(spec.axes, spec.shape)
+
+
+def _by_layer(names: Iterable[str]) -> list[list[str]]:
+    """Names whose arrays are restored together: those of a layer, or one that belongs to none."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        groups.setdefault(".".join(parts[:2]) if parts[0] == "layers" else name, []).append(name)
+    return list(groups.values())
 
 
 def read_param(

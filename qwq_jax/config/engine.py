@@ -5,12 +5,13 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 
 from qwq_jax.config.frozen import Frozen
+from qwq_jax.config.weights import WeightName
 
 
 class EngineConfig(Frozen):
     """Everything that fixes a compiled shape of the engine or the memory it takes.
 
-    None of these change what a request is answered, beyond rounding.
+    None of these change what a request is answered, beyond rounding; 8 and 4 bits round more.
 
     Attributes:
         max_sequences: Rows of the decode step, per data replica.
@@ -25,6 +26,10 @@ class EngineConfig(Frozen):
         compute_dtype: Type of weights and activations on the device.
         cache_dtype: Type of the key-value cache. ``None`` takes `compute_dtype`; the 8-bit ones keep a scale a token
             and head, and halve the memory of a bfloat16 cache.
+        weights: ``int8``, ``int4``, ... (see `config.weights`) quantises the projections while they are loaded.
+            ``None`` leaves them as the checkpoint has them, which may itself be quantised.
+        activations: ``int8`` makes inputs of 8-bit projections int8 too: twice the products a second of prompts, on
+            TPUs that have them (v5e, v5p, v6e).
     """
 
     max_sequences: PositiveInt = 32
@@ -38,3 +43,5 @@ class EngineConfig(Frozen):
     prefix_cache: bool = True
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     cache_dtype: Literal["float32", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2"] | None = None
+    weights: WeightName | None = None
+    activations: Literal["int8"] | None = None

@@ -12,6 +12,7 @@ from typing import Any
 from qwq_jax.checkpoint.store import open_checkpoint, restore_params
 from qwq_jax.config.engine import EngineConfig
 from qwq_jax.config.mesh import MeshConfig
+from qwq_jax.config.weights import choose_weights
 from qwq_jax.engine.arrays import StepBuilder
 from qwq_jax.engine.request import (
     Completion,
@@ -90,8 +91,9 @@ class Engine:
         """Restore a checkpoint straight onto the devices of a mesh."""
         checkpoint = open_checkpoint(path)
         layout = decode_layout(make_mesh(mesh))
-        params = restore_params(checkpoint, layout, config.compute_dtype)
-        runner = DeviceRunner(checkpoint.config, params, layout, config)
+        weights = choose_weights(checkpoint.manifest.weights, config.weights, config.activations)
+        params = restore_params(checkpoint, layout, config.compute_dtype, weights=weights)
+        runner = DeviceRunner(checkpoint.config, params, layout, config, weights)
         return cls(runner, checkpoint.config.vocab_size, checkpoint.config.eos_token_ids, run_seed)
 
     @property

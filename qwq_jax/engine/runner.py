@@ -11,6 +11,7 @@ import numpy as np
 
 from qwq_jax.config.engine import EngineConfig
 from qwq_jax.config.model import ModelConfig
+from qwq_jax.config.weights import WeightFormat, choose_weights
 from qwq_jax.engine.arrays import pack, packed_size
 from qwq_jax.engine.pages import pages_for
 from qwq_jax.engine.program import Carry, Outcome, Step
@@ -35,12 +36,20 @@ class DeviceRunner:
     One array carries all of a step's numbers to the devices: a transfer costs more than its bytes.
     """
 
-    def __init__(self, model: ModelConfig, params: Params, layout: Layout, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        params: Params,
+        layout: Layout,
+        config: EngineConfig,
+        weights: WeightFormat | None = None,
+    ) -> None:
         self.shape = engine_shape(model, layout, config)
         self._model = model
         self._params = params
         self._layout = layout
         self._dtype = jnp.dtype(config.compute_dtype)
+        self._weights = weights
         self._cache: Any = allocate_cache(_cache_spec(model, layout, config, self.shape.num_pages), layout)
         self._carry = _empty_carry(self.shape, layout)
         self._programs: dict[Program, Any] = {}
@@ -74,7 +83,7 @@ class DeviceRunner:
         if program not in self._programs:
             shape = (self.shape.replicas, packed_size(self.shape, program))
             packed = jax.ShapeDtypeStruct(shape, np.int32, sharding=self._layout.sharding(("replica", None)))
-            run = step_program(self._model, Step(self._layout, self.shape, program), self._dtype)
+            run = step_program(self._model, Step(self._layout, self.shape, program), self._dtype, self._weights)
             self._programs[program] = run.lower(self._params, self._cache, self._carry, packed).compile()
         return self._programs[program]
 
@@ -87,11 +96,11 @@ def usual_programs(shape: EngineShape) -> tuple[Program, ...]:
     return (*mixed, *windows, *drafts)
 
 
-def step_program(model: ModelConfig, step: Step, dtype: Any) -> Any:
+def step_program(model: ModelConfig, step: Step, dtype: Any, weights: WeightFormat | None = None) -> Any:
     """The jitted step `(params, cache, carry, packed) -> (cache, carry, Outcome)`; cache and carry are donated."""
 
     def run(params: Params, cache: Any, carry: Carry, packed: jax.Array) -> tuple[Any, Carry, Outcome]:
-        cache, carry, outcome = step.run(bind(model, params, dtype=dtype), cache, carry, packed)
+        cache, carry, outcome = step.run(bind(model, params, dtype=dtype, weights=weights), cache, carry, packed)
         # Whole on every device, so that each of several processes can read it.
         outcome = jax.tree.map(lambda x: step.layout.constrain(x, (None,) * x.ndim), outcome)
         carry = jax.tree.map(lambda x: step.layout.constrain(x, ("replica", None)), carry)
@@ -110,13 +119,16 @@ def lower_step(model: ModelConfig, layout: Layout, config: EngineConfig, program
         program: Which of its programs; a table width of 0 is that of the longest context.
     """
     shape, dtype = engine_shape(model, layout, config), jnp.dtype(config.compute_dtype)
+    weights = choose_weights(None, config.weights, config.activations)
     program = program._replace(table_width=program.table_width or shape.max_table_width)
     describe = lambda x, axes: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.sharding(axes, x.shape))  # noqa: E731
-    params: Any = {path: describe(array, array.axes) for path, array in model_spec(model, dtype).items()}
+    params: Any = {
+        path: describe(array, array.axes) for path, array in model_spec(model, dtype, weights=weights).items()
+    }
     layer = abstract_layer(_cache_spec(model, layout, config, shape.num_pages), layout)
     carry = jax.tree.map(partial(describe, axes=("replica", None)), _carry_spec(shape))
     packed = jax.ShapeDtypeStruct((shape.replicas, packed_size(shape, program)), jnp.int32)
-    step = step_program(model, Step(layout, shape, program), dtype)
+    step = step_program(model, Step(layout, shape, program), dtype, weights)
     return step.lower(params, (layer,) * model.num_layers, carry, describe(packed, ("replica", None)))
 
 

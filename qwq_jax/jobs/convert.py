@@ -31,9 +31,13 @@ from qwq_jax.checkpoint.hub import HubDirectory
 from qwq_jax.checkpoint.huggingface import Source, TensorInfo, has_nonfinite, open_source
 from qwq_jax.checkpoint.manifest import TensorRecord
 from qwq_jax.checkpoint.names import EMBEDDING, TIED_HEAD, NamePair, check_leaves, match_tensors
+from qwq_jax.checkpoint.quantized import digest as digest_of
+from qwq_jax.checkpoint.quantized import quantized_row, stored_spec
 from qwq_jax.checkpoint.store import CheckpointWriter
 from qwq_jax.config.model import ModelConfig
+from qwq_jax.config.weights import WeightFormat, parse_weights
 from qwq_jax.interrupt import Interrupted, StopRequested
+from qwq_jax.model.quantize import SCALE
 from qwq_jax.model.spec import ArraySpec, model_spec
 
 LOG = logging.getLogger(__name__)
@@ -72,8 +76,34 @@ class ConvertReport:
         )
 
 
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What is asked of a conversion besides its source.
+
+    Attributes:
+        dtype: Store as this; ``None`` keeps each tensor's own.
+        allow_nan: Accept weights with NaN or infinity.
+        weights: Quantise the projections so.
+    """
+
+    dtype: str | None
+    allow_nan: bool
+    weights: WeightFormat | None
+
+    def identity(self, fingerprint: str) -> str:
+        """Hash of all that decides the checkpoint."""
+        quantized = f" {self.weights.name}" if self.weights else ""
+        return hashlib.sha256(f"{fingerprint} {self.dtype} {self.allow_nan}{quantized}".encode()).hexdigest()
+
+
 def convert(
-    source: str, dest: str, *, dtype: str | None = None, allow_nan: bool = False, low_disk: bool = False
+    source: str,
+    dest: str,
+    *,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    allow_nan: bool = False,
+    low_disk: bool = False,
 ) -> ConvertReport:
     """Converts a Hugging Face checkpoint; the same call goes on where a killed one stopped.
 
@@ -81,6 +111,7 @@ def convert(
         source: Local directory, ``gs://`` address or hub id.
         dest: Local directory or ``gs://`` address: new, empty, or left unfinished by the same call.
         dtype: Store as ``"float32"`` or ``"bfloat16"``; ``None`` keeps each tensor's own, bit for bit.
+        quantize: Store the projections as ``"int8"``, ``"int4"``, ... (see `config.weights`); ``None``: as `dtype`.
         allow_nan: Accept weights with NaN or infinity.
         low_disk: Of a hub id, delete each downloaded file after use.
 
@@ -90,27 +121,28 @@ def convert(
     """
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype {dtype!r} should be one of {', '.join(_DTYPES)}")
+    if quantize is not None and allow_nan:
+        raise ValueError("weights that are NaN or infinite cannot be quantised: leave --allow-nan or --quantize out")
+    options = ConvertOptions(dtype, allow_nan, parse_weights(quantize) if quantize is not None else None)
     with sole_writer(dest), StopRequested() as stop:
-        report = _convert(source, dest, dtype=dtype, allow_nan=allow_nan, low_disk=low_disk, stop=stop)
+        report = _convert(source, dest, options, low_disk=low_disk, stop=stop)
     print(f"{dest}: {report.sentence}")
     return report
 
 
-def _convert(
-    source: str, dest: str, *, dtype: str | None, allow_nan: bool, low_disk: bool, stop: StopRequested
-) -> ConvertReport:
+def _convert(source: str, dest: str, options: ConvertOptions, *, low_disk: bool, stop: StopRequested) -> ConvertReport:
     started = time.monotonic()
     with explained(f"cannot read {source}"):
         opened = open_source(source, low_disk=low_disk)
-        identity = hashlib.sha256(f"{opened.fingerprint} {dtype} {allow_nan}".encode()).hexdigest()
+        identity = options.identity(opened.fingerprint)
     config = _read_config(opened)
     shapes = {tensor.name: tensor.shape for tensor in opened.tensors.values()}
     table = match_tensors(config, shapes, opened.directory.path)
-    spec = _destination_spec(config, table, opened.tensors, dtype)
+    spec = _destination_spec(config, table, opened.tensors, options)
     writer = CheckpointWriter(dest, spec, identity=identity, origin=source)
     if writer.is_committed:
         return ConvertReport(len(spec), 0, 0, time.monotonic() - started)
-    todo = _in_file_order(table, opened.tensors, writer.finished)
+    todo = _in_file_order(table, opened.tensors, writer)
     total = sum(info.nbytes for _, info in todo)
     try:
         _check_space(writer)
@@ -121,12 +153,13 @@ def _convert(
         _release(opened, but={info.file for _, info in todo})
         with progress_bar() as progress:
             task = progress.add_task("converting", total=total)
-            _Pipeline(opened, writer, allow_nan=allow_nan, progress=progress, task=task).run(todo, stop)
+            pipeline = _Pipeline(opened, writer, allow_nan=options.allow_nan, progress=progress, task=task)
+            pipeline.run(todo, stop)
         if len(writer.finished) < len(spec):
             raise Interrupted(f"{len(writer.finished)} of {len(spec)} tensors are in {dest}; the same command goes on")
         with explained(f"cannot read {source}"):
             files = {name: opened.directory.read(name) for name in opened.companions}
-        writer.commit(config, files)
+        writer.commit(config, files, options.weights)
         _warn_of_tokenizer(writer.directory)
     except NonFiniteError:
         writer.abandon()  # no part of it can be used: the same weights are refused again
@@ -166,14 +199,19 @@ def _read_config(source: Source) -> ModelConfig:
 
 
 def _destination_spec(
-    config: ModelConfig, table: tuple[NamePair, ...], tensors: Mapping[str, TensorInfo], dtype: str | None
+    config: ModelConfig, table: tuple[NamePair, ...], tensors: Mapping[str, TensorInfo], options: ConvertOptions
 ) -> dict[str, ArraySpec]:
-    model = model_spec(config)
-    check_leaves(table, {path: spec.shape for path, spec in model.items()})
-    return {
-        row.path: ArraySpec(row.shape, np.dtype(dtype or tensors[row.source].dtype), model[row.path].axes)
-        for row in table
-    }
+    """What will be stored, in Hugging Face's order, scales behind what they scale."""
+    check_leaves(table, {path: spec.shape for path, spec in model_spec(config).items()})
+    model = stored_spec(model_spec(config, weights=options.weights))
+    spec = {}
+    for row in table:
+        array = model[row.path]
+        if row.path + SCALE in model:
+            spec[row.path], spec[row.path + SCALE] = array, model[row.path + SCALE]
+        else:
+            spec[row.path] = ArraySpec(row.shape, np.dtype(options.dtype or tensors[row.source].dtype), array.axes)
+    return spec
 
 
 def _check_tied_head(source: Source) -> None:
@@ -215,9 +253,11 @@ def _check_space(writer: CheckpointWriter) -> None:
 
 
 def _in_file_order(
-    table: tuple[NamePair, ...], tensors: Mapping[str, TensorInfo], finished: Mapping[str, TensorRecord]
+    table: tuple[NamePair, ...], tensors: Mapping[str, TensorInfo], writer: CheckpointWriter
 ) -> list[tuple[NamePair, TensorInfo]]:
-    todo = [(row, tensors[row.source]) for row in table if row.path not in finished]
+    """What is still to be converted; a quantised parameter is finished when its scales are there too."""
+    missing = writer.spec.keys() - writer.finished.keys()
+    todo = [(row, tensors[row.source]) for row in table if {row.path, row.path + SCALE} & missing]
     return sorted(todo, key=lambda pair: (pair[1].file, pair[1].start))
 
 
@@ -294,10 +334,24 @@ class _Pipeline:
                 source=row.source,
                 source_dtype=info.dtype.name,
                 sha256=digest.result(),
-                stored_sha256=digest.result() if dtype == info.dtype else _hash_as(values, dtype),
+                stored_sha256="",
             )
-            self._writer.write(row.to_parameter(values.reshape(info.shape)), record)
+            if row.path + SCALE in self._writer.spec:
+                self._write_quantized(row, values.reshape(info.shape), record)
+            else:
+                stored = record.sha256 if dtype == info.dtype else _hash_as(values, dtype)
+                record = record.model_copy(update={"stored_sha256": stored})
+                self._writer.write(row.to_parameter(values.reshape(info.shape)), record)
         except BaseException:
             self._buffers.close()
             raise
         self._buffers.give_back(buffer)
+
+    def _write_quantized(self, row: NamePair, matrix: np.ndarray, record: TensorRecord) -> None:
+        quantized = quantized_row(row, self._writer.spec)
+        assert quantized is not None
+        for part, stored in zip((quantized.kernel, quantized.scale), quantized.quantize(matrix), strict=True):
+            if part.path not in self._writer.finished:
+                told = {"path": part.path, "shape": part.shape, "dtype": stored.dtype.name}
+                told["stored_sha256"] = digest_of(stored)
+                self._writer.write(part.to_parameter(stored), record.model_copy(update=told))

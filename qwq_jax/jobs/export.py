@@ -24,9 +24,11 @@ from qwq_jax.checkpoint.buffers import BufferPool
 from qwq_jax.checkpoint.directory import TEMPORARY, Directory, LocalDirectory, explained, open_directory, sole_writer
 from qwq_jax.checkpoint.huggingface import INDEX, TensorPlan, header_bytes, index_json, plan_shards, write_bytes
 from qwq_jax.checkpoint.names import NamePair, name_table
+from qwq_jax.checkpoint.quantized import digest, quantized_row
 from qwq_jax.checkpoint.store import Checkpoint, open_checkpoint, read_param
 from qwq_jax.interrupt import Interrupted, StopRequested
 from qwq_jax.jobs.convert import progress_bar
+from qwq_jax.model.quantize import SCALE
 
 MAX_SHARD_BYTES = 5_000_000_000
 _CLAIM = "exporting.json"
@@ -63,13 +65,16 @@ class ExportReport:
         )
 
 
-def export(checkpoint: str, dest: str, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> ExportReport:
+def export(
+    checkpoint: str, dest: str, *, max_shard_bytes: int = MAX_SHARD_BYTES, dequantize: bool = False
+) -> ExportReport:
     """Writes the checkpoint as a Hugging Face directory; the same call goes on where a killed one stopped.
 
     Args:
         checkpoint: Local directory or ``gs://`` address.
         dest: Local directory or ``gs://`` address, new or empty.
         max_shard_bytes: Largest weight file; a larger tensor gets a file of its own.
+        dequantize: Of a quantised checkpoint, write q * scale in the dtype of its embedding; it is refused otherwise.
 
     Raises:
         ValueError: Bad input, a failing disk, or a tensor that does not have the bytes it once had.
@@ -78,16 +83,21 @@ def export(checkpoint: str, dest: str, *, max_shard_bytes: int = MAX_SHARD_BYTES
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes {max_shard_bytes} should be positive")
     with sole_writer(dest), StopRequested() as stop:
-        report = _export(checkpoint, dest, max_shard_bytes, stop)
+        report = _export(checkpoint, dest, max_shard_bytes, dequantize, stop)
     print(f"{dest}: {report.sentence}")
     return report
 
 
-def _export(checkpoint: str, dest: str, max_shard_bytes: int, stop: StopRequested) -> ExportReport:
+def _export(checkpoint: str, dest: str, max_shard_bytes: int, dequantize: bool, stop: StopRequested) -> ExportReport:
     started = time.monotonic()
     opened = open_checkpoint(checkpoint)
+    if opened.manifest.weights is not None and not dequantize:
+        raise ValueError(
+            f"{checkpoint} holds {opened.manifest.weights.name} weights, of which Hugging Face's files know nothing: "
+            "export the checkpoint that it was made from, or give --dequantize"
+        )
     rows = {row.source: row for row in name_table(opened.config)}
-    plans = [TensorPlan(row.source, np.dtype(opened.spec[row.path].dtype), row.source_shape) for row in rows.values()]
+    plans = [TensorPlan(row.source, _exported_dtype(opened, row.path), row.source_shape) for row in rows.values()]
     shards = plan_shards(plans, max_shard_bytes)
     if _is_there(opened, rows, shards, open_directory(dest)):
         return ExportReport(len(shards), len(plans), len(plans), 0, time.monotonic() - started)
@@ -122,12 +132,39 @@ def _is_there(
         heads = {name: header_bytes(shard) for name, shard in shards.items()}
         if any(_read(final, name, 0, len(head)) != head for name, head in heads.items()):
             return False
-        digests = {record.path: record.stored_sha256 for record in checkpoint.manifest.tensors}
         return all(
-            _sha256(final, name, start, start + tensor.nbytes) == digests[rows[tensor.name].path]
+            _sha256(final, name, start, start + tensor.nbytes) == _expected_sha256(checkpoint, rows[tensor.name])
             for name, shard in shards.items()
             for tensor, start in zip(shard, _starts(shard), strict=True)
         )
+
+
+def _exported_dtype(checkpoint: Checkpoint, path: str) -> np.dtype:
+    return checkpoint.dtype if path + SCALE in checkpoint.spec else np.dtype(checkpoint.spec[path].dtype)
+
+
+def _expected_sha256(checkpoint: Checkpoint, row: NamePair) -> str:
+    """Hash of an exported tensor's bytes; a quantised one has to be read for it."""
+    if row.path + SCALE in checkpoint.spec:
+        return digest(_dequantized(checkpoint, row))
+    return next(record.stored_sha256 for record in checkpoint.manifest.tensors if record.path == row.path)
+
+
+def _dequantized(checkpoint: Checkpoint, row: NamePair) -> np.ndarray:
+    """The Hugging Face matrix of a quantised parameter, in the dtype of the embedding.
+
+    Raises:
+        ValueError: What is stored does not have the bytes that were written.
+    """
+    quantized = quantized_row(row, checkpoint.spec)
+    assert quantized is not None
+    digests = {record.path: record.stored_sha256 for record in checkpoint.manifest.tensors}
+    parts = []
+    for part in (quantized.kernel, quantized.scale):
+        parts.append(read_param(checkpoint, part.path, order=part.inverse).reshape(part.source_shape))
+        if digest(parts[-1]) != digests[part.path]:
+            raise ValueError(f"{checkpoint.path}: {part.path} is damaged: its bytes are not those that were written")
+    return quantized.dequantize(*parts).astype(checkpoint.dtype)
 
 
 def _starts(shard: list[TensorPlan]) -> list[int]:
@@ -247,7 +284,8 @@ class _Writer:
         self._reader = reader
         self._advance = lambda count: progress.advance(task, count)
         self._records = {record.path: record for record in checkpoint.manifest.tensors}
-        largest = max(math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in checkpoint.spec.values())
+        sizes = (math.prod(row.shape) * _exported_dtype(checkpoint, row.path).itemsize for row in rows.values())
+        largest = max(sizes)
         self._buffers = BufferPool(2 * largest)
         self.verified = 0
 
@@ -269,11 +307,19 @@ class _Writer:
         row = self._rows[plan.name]
         buffer = self._buffers.borrow(plan.nbytes)
         assert buffer is not None
-        read_param(self._checkpoint, row.path, order=row.inverse, out=buffer)
+        if row.path + SCALE in self._checkpoint.spec:
+            buffer[:] = _dequantized(self._checkpoint, row).reshape(-1).view(np.uint8)
+        else:
+            read_param(self._checkpoint, row.path, order=row.inverse, out=buffer)
         return buffer
 
     def _write(self, file: BinaryIO, plan: TensorPlan, buffer: np.ndarray) -> None:
         record = self._records[self._rows[plan.name].path]
+        if record.path + SCALE in self._checkpoint.spec:  # verified when it was read
+            write_bytes(file, buffer)
+            self.verified += 1
+            self._advance(plan.nbytes)
+            return
         with ThreadPoolExecutor(1) as hasher:
             digest = hasher.submit(lambda: hashlib.sha256(buffer.data).hexdigest())
             write_bytes(file, buffer)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qwq_jax.config.model import ModelConfig
+from qwq_jax.config.weights import WeightFormat
 from qwq_jax.model.spec import ArraySpec, flatten, model_spec
 from qwq_jax.model.transformer import Transformer
 from qwq_jax.sharding import Layout
@@ -16,7 +17,14 @@ from qwq_jax.sharding import Layout
 Params = dict[str, jax.Array]
 
 
-def bind(config: ModelConfig, params: Mapping[str, jax.Array], *, dtype: Any, remat: bool = False) -> Transformer:
+def bind(
+    config: ModelConfig,
+    params: Mapping[str, jax.Array],
+    *,
+    dtype: Any,
+    remat: bool = False,
+    weights: WeightFormat | None = None,
+) -> Transformer:
     """A `Transformer` that holds these arrays; cheap, meant to be called inside `jax.jit`.
 
     Args:
@@ -24,13 +32,14 @@ def bind(config: ModelConfig, params: Mapping[str, jax.Array], *, dtype: Any, re
         params: By dotted path, one array a layer or stacked.
         dtype: Dtype of the activations.
         remat: See `Transformer`.
+        weights: How `params` are quantised, and whether activations are to be; None: they are not.
 
     Raises:
         ValueError: A parameter is missing, or not one of the model's.
     """
     stacked = not any(path.startswith("layers.0.") for path in params)
     # A frozen pydantic model is hashable, which its base class does not say.
-    graph, state = _abstract(config, stacked, jnp.dtype(dtype), remat)  # pyright: ignore[reportArgumentType]
+    graph, state = _abstract(config, stacked, jnp.dtype(dtype), remat, weights)  # pyright: ignore[reportArgumentType]
     flat = flatten(state)
     if flat.keys() != params.keys():
         wrong = sorted(flat.keys() ^ params.keys())
@@ -96,5 +105,9 @@ def _initial(path: str, spec: ArraySpec, key: jax.Array) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=16)
-def _abstract(config: ModelConfig, stacked: bool, dtype: Any, remat: bool) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: Transformer(config, stacked=stacked, dtype=dtype, remat=remat)))
+def _abstract(
+    config: ModelConfig, stacked: bool, dtype: Any, remat: bool, weights: WeightFormat | None
+) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(
+        nnx.eval_shape(lambda: Transformer(config, stacked=stacked, dtype=dtype, remat=remat, weights=weights))
+    )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qwq_jax.config.model import ModelConfig
+from qwq_jax.config.weights import WeightFormat
 from qwq_jax.model.transformer import Transformer
 from qwq_jax.sharding import Axes
 
@@ -30,19 +31,27 @@ def flatten(state: nnx.State) -> dict[str, Any]:
     return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
 
 
-def model_spec(config: ModelConfig, dtype: Any = jnp.bfloat16) -> dict[str, ArraySpec]:
+def model_spec(
+    config: ModelConfig, dtype: Any = jnp.bfloat16, weights: WeightFormat | None = None
+) -> dict[str, ArraySpec]:
     """Every parameter of the model, by dotted path, one array a layer.
 
     Args:
         config: The architecture.
-        dtype: Dtype of all parameters.
+        dtype: Dtype of all parameters that are not quantised.
+        weights: How projections are quantised: a projection has int8 or int4 and, beside it, `PATH_scale` in float32.
 
     Returns:
         For example `"layers.0.attention.q_kernel": ArraySpec((D, N, H), dtype, ("embed", "heads", None))`.
+
+    Raises:
+        ValueError: The model cannot be quantised so.
     """
-    state = nnx.state(nnx.eval_shape(lambda: Transformer(config)))
-    dtype = jnp.dtype(dtype)
-    return {path: ArraySpec(tuple(v.get_value().shape), dtype, v.axes) for path, v in flatten(state).items()}
+    state = nnx.state(nnx.eval_shape(lambda: Transformer(config, weights=weights)))
+    return {
+        path: ArraySpec(tuple(v.get_value().shape), jnp.dtype(v.own_dtype or dtype), v.axes)
+        for path, v in flatten(state).items()
+    }
 
 
 def stacked_spec(spec: Mapping[str, ArraySpec], num_layers: int) -> dict[str, ArraySpec]:

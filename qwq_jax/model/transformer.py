@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qwq_jax.config.model import ModelConfig
-from qwq_jax.model.layers import Attend, Block, RMSNorm, param
+from qwq_jax.config.weights import WeightFormat
+from qwq_jax.model.layers import Attend, Block, RMSNorm, kernel, param
 from qwq_jax.model.rope import rotary_tables
 
 
@@ -25,17 +26,28 @@ class Embed(nnx.Module):
 
 
 class Head(nnx.Module):
-    """Output projection `[V, D]`, row-major by token as the embedding is."""
+    """Output projection `[V, D]`, row-major by token as the embedding is; in 8 bits with one scale a token."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, weights: WeightFormat | None = None):
         """Declares the matrix."""
-        self.kernel = param((config.vocab_size, config.hidden_size), ("vocab", "embed"))
+        shape = (config.vocab_size, config.hidden_size)
+        self.kernel, self.kernel_scale = kernel(
+            shape, ("vocab", "embed"), weights if weights and weights.head else None
+        )
 
 
 class Transformer(nnx.Module):
     """A Qwen2 decoder. Build it with `qwq_jax.model.params.bind`, which puts real arrays in."""
 
-    def __init__(self, config: ModelConfig, *, stacked: bool = False, dtype: Any = jnp.float32, remat: bool = False):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        stacked: bool = False,
+        dtype: Any = jnp.float32,
+        remat: bool = False,
+        weights: WeightFormat | None = None,
+    ):
         """Declares all arrays.
 
         Args:
@@ -43,17 +55,24 @@ class Transformer(nnx.Module):
             stacked: Whether the arrays of the layers come stacked, `[L, ...]`.
             dtype: Dtype of the activations; weights are cast to it where they are used.
             remat: Whether the backward pass recomputes each layer instead of keeping its activations (stacked only).
+            weights: How projections are quantised, which only decoding uses; None: they are not.
+
+        Raises:
+            ValueError: These projections cannot be quantised so.
         """
+        assert not (stacked and weights), "training needs weights of full precision"
+        if weights is not None and weights.head and config.tie_word_embeddings:
+            raise ValueError(f"weights {weights.name}: this model's head is its embedding, which is not quantised")
         self.config = config
         self.stacked = stacked
         self.dtype = dtype
         self.remat = remat
         self.embed = Embed(config)
         self.layers: Any  # one block whose arrays are stacked, or a list of blocks
-        self.layers = Block(config) if stacked else nnx.List([Block(config) for _ in range(config.num_layers)])
+        self.layers = Block(config) if stacked else nnx.List([Block(config, weights) for _ in range(config.num_layers)])
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.head = Head(config)
+            self.head = Head(config, weights)
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, attend: Attend, cache: tuple[Any, ...] | None = None
@@ -85,13 +104,24 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Scores of the next token: `[..., D]` to float32 `[..., V]`."""
-        return jnp.einsum(
-            "...d,vd->...v", hidden, self.head_matrix().astype(self.dtype), preferred_element_type=jnp.float32
+        scores = jnp.einsum(
+            "...d,vd->...v", hidden, self._stored_head().astype(self.dtype), preferred_element_type=jnp.float32
         )
+        scale = self._head_scale()
+        return scores if scale is None else scores * scale
 
     def head_matrix(self) -> jax.Array:
-        """The output projection `[V, D]`: the embedding where the two are tied."""
+        """The output projection `[V, D]`: the embedding where the two are tied; float32 where it is quantised."""
+        scale = self._head_scale()
+        return self._stored_head() if scale is None else self._stored_head() * scale[:, None]
+
+    def _stored_head(self) -> jax.Array:
         return self.embed.embedding[...] if self.config.tie_word_embeddings else self.head.kernel[...]
+
+    def _head_scale(self) -> jax.Array | None:
+        if self.config.tie_word_embeddings or self.head.kernel_scale is None:
+            return None
+        return self.head.kernel_scale[...]
 
     def _scan(self, x: jax.Array, rotary: tuple[jax.Array, jax.Array], attend: Attend) -> jax.Array:
         graph, stacked = nnx.split(self.layers)

@@ -13,7 +13,8 @@ from qwq_jax.config.engine import EngineConfig
 from qwq_jax.config.load import load_toml
 from qwq_jax.config.mesh import MeshConfig
 from qwq_jax.config.model import ModelConfig
-from qwq_jax.engine.runner import Bucket, lower_step
+from qwq_jax.engine.runner import lower_step
+from qwq_jax.engine.step import Program
 from qwq_jax.kernels.attention import (
     PagedLayer,
     RaggedRows,
@@ -115,7 +116,7 @@ def test_whole_decode_step_of_the_32b_compiles_without_a_copy_of_the_cache(name,
     model = load_toml("configs/models/qwq-32b.toml", ModelConfig)
     layout = decode_layout(make_mesh(mesh, topology(name).devices))
     config = EngineConfig(max_sequences=16, page_size=128, num_pages=1024, max_context=32_768, cache_dtype=dtype)
-    compiled = lower_step(model, layout, config, Bucket(0, 0)).compile()
+    compiled = lower_step(model, layout, config, Program(config.max_sequences, 0, 0)).compile()
     memory = compiled.memory_analysis()
     heads = 8 // mesh.tensor
     cache = model.num_layers * heads * 1024 * 2 * 128 * 128 * jnp.dtype(dtype).itemsize
