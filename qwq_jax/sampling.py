@@ -136,11 +136,13 @@ def sample(
     row = PartitionSpec(*spec[:-1], None)
     by_name = {"generated": spec, "prompted": spec}
     edit_specs = jax.tree.map_with_path(lambda path, x: by_name.get(path[-1].name, _cut_to(row, x.ndim)), edits)
+    each: Any = _cut_to(row, logits.ndim - 1)
+    listed: Any = row
     return jax.shard_map(
         functools.partial(draw, part=part),
         mesh=layout.mesh,
         in_specs=(spec, jax.tree.map(lambda x: _cut_to(row, x.ndim), params), edit_specs),
-        out_specs=Sampled(*(_cut_to(row, logits.ndim - 1),) * 2, row, row),
+        out_specs=Sampled(each, each, listed, listed),
         check_vma=False,  # every device of a row's group computes the row's token, which the checker cannot see
     )(logits, params, edits)
 
@@ -274,14 +276,19 @@ def _unpack(words: jax.Array, part: _Part) -> jax.Array:
 
 def _likeliest(logits: jax.Array, count: int, part: _Part) -> tuple[jax.Array, jax.Array]:
     """The `count` greatest logits of each row with their tokens, `[n, count]`; of equal ones the lowest id is first."""
-    # The barrier keeps the compiler for CPUs from merging later slices into the top_k, which makes it a sort.
-    values, places = jax.lax.optimization_barrier(tuple(jax.lax.top_k(logits, min(count, part.width))))
+    values, places = _top(logits, min(count, part.width))
     if not part.axes:
         return values, places
     # The parts lie in the order of their ids, and top_k takes the first of equal ones.
     values, ids = part.gather(values), part.gather(places + part.start)
-    values, places = jax.lax.optimization_barrier(tuple(jax.lax.top_k(values, count)))
+    values, places = _top(values, count)
     return values, jnp.take_along_axis(ids, places, axis=-1)
+
+
+def _top(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """`jax.lax.top_k`, behind a barrier: the compiler for CPUs would merge later slices into it and make it a sort."""
+    values, places = jax.lax.top_k(x, count)
+    return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(places)
 
 
 def _draw(
