@@ -51,7 +51,7 @@ class Front:
 
     def app(self) -> web.Application:
         """The application; it has to run with `handler_cancellation`, which tells that a client is gone."""
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[web.middleware(self._errors_as_json)])
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._errors_as_json])
         app.router.add_post("/v1/chat/completions", partial(self._answer, read=read_chat, form=ChatForm()))
         app.router.add_post("/v1/completions", partial(self._answer, read=read_completion, form=CompletionForm()))
         app.router.add_get("/v1/models", self._models)
@@ -60,6 +60,7 @@ class Front:
         app.router.add_get("/metrics", self._metrics_page)
         return app
 
+    @web.middleware
     async def _errors_as_json(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
         """Every refusal in OpenAI's shape, keys checked, outcomes of ``/v1`` counted."""
         counted = request.path.startswith("/v1/")

@@ -96,7 +96,9 @@ class Server:
         rows = shape.replicas * shape.max_sequences
         desk = Desk(worker, metrics, rows=rows, max_waiting=self._options.max_waiting)
         front = Front(desk, self._codec, metrics, self._options)
-        runner = web.AppRunner(front.app(), handler_cancellation=True, access_log=None)
+        runner = web.AppRunner(
+            front.app(), handler_cancellation=True, access_log=None, shutdown_timeout=_GOODBYE_SECONDS
+        )
         await runner.setup()
         with ThreadPoolExecutor(1, "engine") as thread:
             serving = loop.run_in_executor(thread, worker.run)
@@ -112,12 +114,13 @@ class Server:
                 await runner.cleanup()
                 worker.stop()
                 await asyncio.wait([serving])
+                listener.close()
         if (error := serving.exception()) is not None:
             raise EngineFailed("the engine failed") from error
 
     async def _listen(self, runner: web.AppRunner, listener: socket.socket) -> None:
         try:
-            await web.SockSite(runner, listener, backlog=_BACKLOG, shutdown_timeout=_GOODBYE_SECONDS).start()
+            await web.SockSite(runner, listener, backlog=_BACKLOG).start()
         except OSError as error:
             raise ValueError(f"--port {self._options.port}: cannot listen there: {error.strerror}") from None
 

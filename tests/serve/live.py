@@ -2,12 +2,13 @@
 
 import asyncio
 import contextlib
+import http.client
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import httpx
 from openai import OpenAI
 
 from qwq_jax.engine.engine import Engine
@@ -17,6 +18,20 @@ from qwq_jax.serve.server import Server, bind
 
 MODEL = "tiny-reasoner"
 QUESTION = [{"role": "user", "content": "What is 47 + 85?"}]
+
+
+@dataclass(frozen=True)
+class Reply:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def error(self) -> dict[str, str | None]:
+        """OpenAI's error object, which has these four fields and nothing beside it."""
+        (error,) = json.loads(self.body).values()
+        assert error.keys() == {"message", "type", "param", "code"}
+        return error
 
 
 @dataclass
@@ -33,14 +48,27 @@ class Live:
         self.loop.call_soon_threadsafe(self.server.stop)
 
     def client(self, **options) -> OpenAI:
-        return OpenAI(base_url=f"{self.address}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 60.0, **options})
+        return OpenAI(
+            base_url=f"{self.address}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 60.0, **options}
+        )
+
+    def call(self, method: str, path: str, body: object = None, **headers: str) -> "Reply":
+        """A request by hand; a body that is no bytes goes as JSON."""
+        connection = http.client.HTTPConnection(self.address.removeprefix("http://"), timeout=60)
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        with contextlib.closing(connection):
+            connection.request(method, path, data, headers)
+            response = connection.getresponse()
+            return Reply(response.status, dict(response.headers), response.read())
 
     def metric(self, name: str) -> float:
-        lines = httpx.get(f"{self.address}/metrics").text.splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.partition(" ")[0] == name)
+        """A sample of /metrics, by its name and labels."""
+        lines = self.call("GET", "/metrics").body.decode().splitlines()
+        (value,) = [line.rpartition(" ")[2] for line in lines if line.rpartition(" ")[0] == name]
+        return float(value)
 
     def health(self) -> int:
-        return httpx.get(f"{self.address}/health").status_code
+        return self.call("GET", "/health").status
 
 
 @contextlib.contextmanager
@@ -69,6 +97,8 @@ def running(engine: Engine, codec: TokenizerCodec, **options) -> Iterator[Live]:
     thread = threading.Thread(target=run)
     thread.start()
     started.wait()
+    if errors:
+        raise errors[0]
     live = Live(holder["address"], holder["loop"], holder["server"], thread, errors)
     try:
         yield live
