@@ -52,7 +52,8 @@ def serve(
         server = Server(loaded, TokenizerCodec(tokenizer, sampling), options)
 
         def announce(address: str) -> None:
-            _log.info("serving %s at %s/v1, an API key is %s", options.model, address, _key_words(options))
+            keys = " (an API key is needed)" if options.api_keys else ""
+            _log.info("serving %s at %s/v1%s", options.model, address, keys)
 
         asyncio.run(server.run(listener, ready=announce))
     _log.info("drained")
@@ -117,7 +118,3 @@ class TokenizerCodec:
     def token_record(self, token_id: int, logprob: float) -> dict[str, Any]:
         """A token as OpenAI reports it."""
         return token_record(token_id, logprob, self.tokenizer)
-
-
-def _key_words(options: ServeOptions) -> str:
-    return "needed" if options.api_keys else "not needed"

@@ -24,6 +24,8 @@ from qwq_jax.serve.options import ServeOptions
 
 # A context of 131,072 tokens is about half a megabyte of text; a call may bring several.
 MAX_BODY_BYTES = 16 * 2**20
+# Of all prompts of a call together.
+MAX_COMPLETIONS = 512
 # A comment this often keeps proxies from closing a stream that waits, and finds out that its client is gone.
 _PING_SECONDS = 15.0
 
@@ -74,11 +76,13 @@ class Front:
             refusal = ApiError(error.status, _reason(error, request), code="not_found" if error.status == 404 else None)
             headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
         except asyncio.CancelledError:
-            self._metrics.ended(Outcome.CANCELLED)
+            if counted:
+                self._metrics.ended(Outcome.CANCELLED)
             raise
         except Exception as error:
             _log.exception("%s %s", request.method, request.path)
-            self._metrics.ended(Outcome.FAILED)
+            if counted:
+                self._metrics.ended(Outcome.FAILED)
             told = ApiError(500, "an error of the server, which its log tells", type="server_error")
             raise web.HTTPInternalServerError(text=json.dumps(told.body), content_type="application/json") from error
         if counted:
@@ -121,7 +125,11 @@ class Front:
         return response
 
     def _requests(self, name: str, call: Call) -> tuple[Request, ...]:
-        return tuple(self._codec.request(f"{name}-{place}", body) for place, body in enumerate(call.bodies))
+        requests = tuple(self._codec.request(f"{name}-{place}", body) for place, body in enumerate(call.bodies))
+        count = sum(request.params.n for request in requests)
+        if count > MAX_COMPLETIONS:
+            raise ValueError(f"n: {count} completions are asked for, expected at most {MAX_COMPLETIONS} in a call")
+        return requests
 
     async def _stream(self, http: web.Request, call: Call, ticket: Ticket, answer: Answer) -> web.StreamResponse:
         headers = {

@@ -191,8 +191,7 @@ class Desk:
         Before anything has ended, as long again as the server has been busy: who has seen half of a wait on average
         sees the other half.
         """
-        while self._ended and self._ended[0] < now - _RATE_SECONDS:
-            self._ended.popleft()
+        self._forget(now - _RATE_SECONDS)
         busy = now - self._busy_since
         if not self._ended:
             seconds = busy
@@ -237,6 +236,12 @@ class Desk:
                 batches.setdefault(ticket, []).append(event)
         for ticket, events in batches.items():
             self._ended.extend([now] * ticket.take(events, now))
+        self._forget(now - _RATE_SECONDS)
+
+    def _forget(self, before: float) -> None:
+        """Drops the ends that are too old to say how fast things go."""
+        while self._ended and self._ended[0] < before:
+            self._ended.popleft()
 
     def refuse(self, why: ApiError) -> None:
         """Lets nothing in from now on."""

@@ -1,5 +1,8 @@
 """Everything that is claimed, by the official client; the words are those that the engine gives without a server."""
 
+import re
+from pathlib import Path
+
 import openai
 import pytest
 
@@ -174,6 +177,7 @@ def test_models(client):
         ({"messages": [{"role": "king", "content": ""}]}, "messages", r"messages\[0\]: unknown role 'king'"),
         ({"messages": []}, "messages", "messages: "),
         ({"messages": [{"role": "user", "content": "1+" * 300}]}, None, "the prompt has .* context of 256"),
+        ({"extra_body": {"min_tokens": "x"}}, "min_tokens", "min_tokens: "),
         ({"stop": ["ok", ""]}, "stop", "stop: an empty text"),
     ],
 )
@@ -187,6 +191,11 @@ def test_bad_requests_are_refused_by_name(client, options, param, sentence, stre
 def test_echo_is_refused(client):
     with pytest.raises(openai.BadRequestError, match="echo: True is not implemented"):
         complete(client, "a", echo=True)
+
+
+def test_a_call_cannot_ask_for_everything(client):
+    with pytest.raises(openai.BadRequestError, match="n: 640 completions are asked for, expected at most 512"):
+        complete(client, ["a"] * 10, n=64)
 
 
 def test_one_bad_prompt_of_several_takes_none(client, live):
@@ -204,6 +213,23 @@ def test_other_errors_have_openais_shape(live):
         assert reply.status == status and path in reply.error["message"]
     assert live.call("POST", "/v1/completions", b" " * (16 * 2**20 + 1)).status == 413
     assert live.metric('qwq_requests_total{outcome="invalid"}') == 5
+
+
+def test_a_stream_that_waits_says_so(live, client, expected, monkeypatch):
+    monkeypatch.setattr("qwq_jax.serve.app._PING_SECONDS", 1e-4)
+    body = {"messages": QUESTION, "stream": True, **GREEDY}
+    assert b"\n\n: waiting\n\n" in b"\n\n" + live.call("POST", "/v1/chat/completions", body).body
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in ask(client, stream=True)) == expected.content
+
+
+def test_the_example_of_the_readme(engine, codec, capsys, expected):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (code,) = re.findall(r"^```py\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
+    with running(engine, codec, model="qwq-32b", api_keys=("KEY",)) as live:
+        names: dict[str, openai.OpenAI] = {}
+        exec(compile(code.replace("http://localhost:8000", live.address), "README.md", "exec"), names)
+        names["client"].close()
+    assert "\\boxed{" in capsys.readouterr().out
 
 
 def test_metrics_count(live, client):

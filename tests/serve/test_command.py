@@ -1,15 +1,18 @@
 """The command: what is wrong is one sentence and exit code 2; a SIGTERM drains and is exit code 0."""
 
+import contextlib
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import openai
 import pytest
 
+from qwq_jax.__main__ import main
 from qwq_jax.jobs.serve import model_name, read_keys
 from qwq_jax.serve.options import ServeOptions
 from qwq_jax.serve.server import bind
@@ -67,6 +70,15 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "qwq_jax", "serve", *arguments]
 
 
+@contextlib.contextmanager
+def ended(process: subprocess.Popen) -> Iterator[None]:
+    """Whatever a test finds, its process does not outlive it."""
+    try:
+        yield
+    finally:
+        process.kill()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_serves_until_a_signal(checkpoint, tmp_path, number):
@@ -75,10 +87,10 @@ def test_the_command_serves_until_a_signal(checkpoint, tmp_path, number):
     words = command(checkpoint, "--port", "0", "--api-key-file", str(keys), "--served-model-name", "tiny")
     words += ["--set", "engine.max_context=256", "--set", "engine.max_sequences=4", "--simulate-devices", "1"]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    try:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(words, **pipes, text=True, env=environment) as process, ended(process):
         said = ""
-        while (found := re.search(r"serving tiny at (http://\S+)", said)) is None:
+        while (found := re.search(r"serving tiny at (http://\S+/v1) \(an API key is needed\)\n", said)) is None:
             line = process.stderr.readline()
             assert line, said
             said += line
@@ -91,9 +103,6 @@ def test_the_command_serves_until_a_signal(checkpoint, tmp_path, number):
             process.send_signal(number)
             assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks).startswith("The answer is")
         out, rest = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
     assert process.returncode == 0, said + rest
     assert "draining" in rest and "Traceback" not in rest
     assert "hidden-key" not in out + said + rest
@@ -106,3 +115,20 @@ def test_the_command_says_what_is_wrong_before_it_loads(checkpoint):
         done = subprocess.run(command(checkpoint, "--port", port), capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == f"error: --host 127.0.0.1 --port {port}: cannot listen there: Address already in use\n"
+
+
+def test_the_verb_passes_its_options(monkeypatch, tmp_path, capsys):
+    calls = []
+    monkeypatch.setattr("qwq_jax.jobs.serve.serve", lambda *arguments, **options: calls.append((arguments, options)))
+    monkeypatch.setattr("qwq_jax.runtime.start", lambda **options: None)
+    keys = tmp_path / "keys"
+    keys.write_text("two\n")
+    words = ["serve", "ck/qwq", "--port", "81", "--host", "::1", "--api-key", "one", "--api-key-file", str(keys)]
+    words += ["--max-waiting", "3", "--drain-seconds", "1.5", "--set", "engine.page_size=8", "--set", "sampling.n=2"]
+    assert main(words) == 0
+    ((checkpoint, options), settings) = calls[0]
+    assert checkpoint == "ck/qwq"
+    assert options == ServeOptions("qwq", "::1", 81, ("one", "two"), max_waiting=3, drain_seconds=1.5)
+    assert settings["engine"].page_size == 8 and settings["sampling"].n == 2
+    assert main(["serve", "ck", "--api-key", "with space"]) == main(["serve", "ck", "--api-key-file", "/no"]) == 2
+    assert "with space" not in capsys.readouterr().err

@@ -5,8 +5,10 @@ import random
 import pytest
 
 from qwq_jax.config.sampling import SamplingParams
-from qwq_jax.engine.request import Completion, FinishReason, Request, TokenLogprob
+from qwq_jax.engine.request import Completion, FinishReason, NewToken, Request, TokenLogprob
 from qwq_jax.jobs.answer import choice_of
+from qwq_jax.serve.answer import Answer, ChatForm, CompletionForm
+from qwq_jax.serve.bodies import Call
 from qwq_jax.serve.text import SampleText, StopHold
 
 
@@ -72,3 +74,33 @@ def test_pieces_join_to_the_answer_of_the_batch_job(codec, tokenizer, stop):
     assert "".join(text for is_thinking, text in pieces if not is_thinking) == whole.content
     assert sample.reasoning_tokens == whole.reasoning_tokens
     assert len(pieces) > 5
+
+
+@pytest.mark.parametrize("form", [ChatForm(), CompletionForm()], ids=["chat", "completion"])
+def test_chunks_say_the_same_however_many_tokens_come_at_once(codec, tokenizer, form):
+    tokens = tokenizer.encode("so 132\n</think>\n\nThe answer is 132. é")
+    prompt = tuple(tokenizer.apply_template([{"role": "user", "content": "?"}]))
+    params = SamplingParams(n=2, logprobs=True, stop=("is 1",))
+    request = Request("a", prompt, params)
+    call = Call(({},), stream=True, include_usage=False, return_token_ids=True)
+    stopped = tokens[: next(n for n in range(len(tokens)) if "is 1" in tokenizer.decode(tokens[:n]))]
+    events = [NewToken("a", index, TokenLogprob(token, -1.0)) for token in stopped for index in (0, 1)]
+    ends = [Completion("a", index, tuple(stopped), FinishReason.STOP) for index in (0, 1)]
+    said = []
+    for size in (1, 3, 7, len(events)):
+        answer = Answer("id", "m", call, [request], form=form, codec=codec)
+        chunks = [chunk for at in range(0, len(events), size) for chunk in answer.chunks(events[at : at + size])]
+        chunks += answer.chunks(ends)
+        choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == 1]
+        texts = {"content": "", "reasoning_content": "", "text": ""}
+        for choice in choices:
+            for name, text in {**choice.get("delta", {}), "text": choice.get("text", "")}.items():
+                texts[name] = texts.get(name, "") + text
+        ids = [token for choice in choices for token in choice["token_ids"]]
+        counted = sum(len(next(iter(c["logprobs"].values()))) for c in choices if c["logprobs"])
+        said.append((texts, ids, counted, choices[-1]["finish_reason"]))
+        assert all(choice["finish_reason"] is None for choice in choices[:-1])
+    assert said == [said[0]] * 4
+    assert said[0][1:] == (list(stopped), len(stopped), "stop")
+    thoughts, text = said[0][0]["reasoning_content"], said[0][0]["content"] + said[0][0]["text"]
+    assert (thoughts, text) == (("so 132", "The answer ") if form.split else ("", "so 132\n</think>\n\nThe answer "))
