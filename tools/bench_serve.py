@@ -120,7 +120,7 @@ async def run(load: Load) -> tuple[Measured, float]:
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(headers=headers, connector=connector, timeout=timeout) as session:
         # Compiling is not what is measured.
-        await ask(session, load, 0, Measured())
+        await asyncio.gather(*[ask(session, load, number, Measured()) for number in range(load.concurrency)])
         started = time.perf_counter()
         await asyncio.gather(*[client(session) for _ in range(load.concurrency)])
         return seen, time.perf_counter() - started

@@ -136,6 +136,10 @@ class Server:
         if serving.done():
             desk.refuse(engine_failed(503))
             desk.fail(engine_failed())
+        # Whoever asks is told 503 for as long as others are being told how theirs ended.
+        goodbye = asyncio.ensure_future(desk.drained())
+        await asyncio.wait([goodbye], timeout=_GOODBYE_SECONDS)
+        goodbye.cancel()
 
 
 def _address(listener: socket.socket) -> str:
