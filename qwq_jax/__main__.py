@@ -9,6 +9,7 @@ every mistyped option from waiting for JAX to load.
 import errno
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -93,7 +94,7 @@ def options(
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
     ] = False,
 ) -> None:
-    """QwQ-32B and the Qwen2 family in JAX: convert, answer in batch, fine-tune, hand back."""
+    """QwQ-32B and the Qwen2 family in JAX: convert, answer in batch, serve, fine-tune, hand back."""
 
 
 @app.command(epilog="Example: `qwq-jax convert Qwen/QwQ-32B gs://bucket/qwq-32b`")
@@ -178,6 +179,33 @@ def chat(
     advised = CHAT_SAMPLING.model_dump(exclude_unset=True)
     config = _inference_config(overrides, {"compute_dtype": runtime.default_compute_dtype()}, advised)
     job.chat(checkpoint, engine=config.engine, mesh=config.mesh, sampling=config.sampling)
+
+
+@app.command(epilog="Example: `qwq-jax serve qwq-32b --port 8000 --api-key-file keys.txt --set mesh.tensor=8`")
+def serve(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint directory, local or gs://.")],
+    host: Annotated[str, typer.Option(help="Name or address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for a free one.")] = 8000,
+    api_key: Annotated[str | None, typer.Option(help="Key that clients have to send; a file shows in no list.")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="File of such keys, one a line.")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="The directory's name otherwise.")] = None,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Requests in line; one more is answered 429.")] = 256,
+    drain_seconds: Annotated[float, typer.Option(min=0, help="Time to end for what runs at a SIGTERM.")] = 30.0,
+    overrides: Set = None,
+    simulate_devices: SimulateDevices = None,
+) -> None:
+    """Serve a model over HTTP as OpenAI does. Settings are `engine.*`, `mesh.*` and `sampling.*`."""
+    if find_spec("prometheus_client") is None:
+        raise ValueError("serve needs prometheus_client: pip install 'qwq_jax[serve]'")
+    from qwq_jax import runtime
+    from qwq_jax.jobs import serve as job
+
+    keys = (() if api_key is None else (api_key,)) + (() if api_key_file is None else job.read_keys(api_key_file))
+    name = job.model_name(checkpoint) if served_model_name is None else served_model_name
+    options = job.ServeOptions(name, host, port, keys, max_waiting, drain_seconds)
+    runtime.start(simulate_devices=simulate_devices)
+    config = _inference_config(overrides, {"compute_dtype": runtime.default_compute_dtype()})
+    job.serve(checkpoint, options, engine=config.engine, mesh=config.mesh, sampling=config.sampling)
 
 
 @app.command(epilog="Example: `qwq-jax sft configs/sft/tiny_reasoner.toml --set optimizer.learning_rate=1e-4`")

@@ -46,6 +46,7 @@ WALLS = {
     "transformers": (),
     "torch": (),
     "typer": ("__main__.py",),
+    "prometheus_client": ("serve/metrics.py",),
 }
 # These decide and describe, and run where no JAX is installed or before it is set up.
 NO_JAX = (

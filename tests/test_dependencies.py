@@ -15,7 +15,7 @@ LOCKED = {line.partition("==")[0] for line in (ROOT / "requirements.lock").read_
 MODULES = {"google-auth": "google", "orbax-checkpoint": "orbax"}
 # Packages for accelerators, which bring no module of their own, for developers, who also run programs, and for parts
 # that are on the way.
-OTHER_EXTRAS = {"tpu", "cuda", "dev", "gcp", "serve", "rl"}
+OTHER_EXTRAS = {"tpu", "cuda", "dev", "gcp", "rl"}
 
 
 def name(requirement: str) -> str:

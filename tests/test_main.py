@@ -12,7 +12,7 @@ from qwq_jax.config.mesh import MeshConfig
 from qwq_jax.config.sampling import SamplingParams
 from qwq_jax.interrupt import Interrupted
 
-VERBS = ["convert", "export", "generate", "chat", "sft", "demo"]
+VERBS = ["convert", "export", "generate", "chat", "serve", "sft", "demo"]
 
 
 @pytest.fixture

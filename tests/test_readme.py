@@ -30,7 +30,7 @@ COMMANDS = [line for block in blocks("bash") for line in block.strip().splitline
 
 def test_there_are_commands():
     verbs = {shlex.split(line)[1] for line in COMMANDS if line.startswith("qwq-jax ")}
-    assert {"convert", "export", "generate", "chat", "sft"} <= verbs
+    assert {"convert", "export", "generate", "chat", "serve", "sft"} <= verbs
 
 
 def build_settings(verb: str, given: dict[str, Any]) -> None:

@@ -77,7 +77,7 @@ def choice_of(completion: Completion, request: Request, tokenizer: ChatTokenizer
         reasoning,
         completion.finish_reason.value,
         completion.token_ids,
-        0 if reasoning is None else _reasoning_tokens(completion.token_ids, tokenizer),
+        0 if reasoning is None else reasoning_tokens(completion.token_ids, tokenizer),
         None if completion.logprobs is None else tuple(_logprob(entry, tokenizer) for entry in completion.logprobs),
     )
 
@@ -92,19 +92,23 @@ def _before(text: str, stop: Sequence[str]) -> str:
     return text[: min(found)] if found else text
 
 
-def _reasoning_tokens(tokens: Sequence[int], tokenizer: ChatTokenizer) -> int:
-    """Tokens up to the closing tag, itself included; all where it never came."""
+def reasoning_tokens(tokens: Sequence[int], tokenizer: ChatTokenizer) -> int:
+    """Tokens of a completion with thoughts up to the closing tag, itself included; all where it never came."""
     closing = StopStrings(tokenizer.detokenizer(), (THINK_CLOSE,))
     return next((count for count, token in enumerate(tokens, start=1) if closing.push(token)), len(tokens))
 
 
 def _logprob(entry: TokenLogprob, tokenizer: ChatTokenizer) -> dict[str, Any]:
-    top = [_token(token, logprob, tokenizer) for token, logprob in entry.top]
-    return {**_token(entry.token_id, entry.logprob, tokenizer), "top_logprobs": top}
+    top = [token_record(token, logprob, tokenizer) for token, logprob in entry.top]
+    return {**token_record(entry.token_id, entry.logprob, tokenizer), "top_logprobs": top}
 
 
-def _token(token_id: int, logprob: float, tokenizer: ChatTokenizer) -> dict[str, Any]:
-    """A token in OpenAI's shape; a part of a character has no text of its own, and bytes null."""
+def token_record(token_id: int, logprob: float, tokenizer: ChatTokenizer) -> dict[str, Any]:
+    """A token in OpenAI's shape; a part of a character has no text of its own, and bytes null.
+
+    Raises:
+        ValueError: The log-probability is not a number, for which JSON has no word.
+    """
     if not math.isfinite(logprob):
         raise ValueError(f"the model gave token {token_id} the log-probability {logprob}")
     text = tokenizer.decode([token_id], skip_special_tokens=False)

@@ -103,6 +103,11 @@ def parse_line(number: int, raw: bytes, defaults: SamplingParams | None = None) 
         return BadLine(number, custom_id, f"line {number}: {error}")
 
 
+def parse_body(name: str, body: dict[str, Any], defaults: SamplingParams | None = None) -> PromptLine:
+    """Understand a body that did not come from a file; ValueError names the field that is wrong."""
+    return _understand(0, name, body, defaults)
+
+
 def result_line(line: PromptLine, choices: list[Choice], prompt_tokens: int, model: str) -> bytes:
     """The answer to a line: OpenAI's batch output around a `chat.completion`."""
     completion_tokens = sum(len(choice.token_ids) for choice in choices)
