@@ -137,6 +137,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="For requests that bring no seed of their own.")] = 0,
     overrides: Set = None,
     simulate_devices: SimulateDevices = None,
+    distributed: Distributed = False,
 ) -> None:
     """Answer a file of requests; the same command goes on after a stop.
 
@@ -145,7 +146,7 @@ def generate(
     from qwq_jax import runtime
     from qwq_jax.jobs import generate as job
 
-    runtime.start(simulate_devices=simulate_devices)
+    runtime.start(simulate_devices=simulate_devices, distributed=distributed)
     config = _inference_config(overrides, {"compute_dtype": runtime.default_compute_dtype()})
     job.generate(
         checkpoint,

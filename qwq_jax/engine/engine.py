@@ -7,6 +7,7 @@ the token that was drawn for it.  What runs the step is a `Runner`; on devices t
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from qwq_jax.checkpoint.store import open_checkpoint, restore_params
 from qwq_jax.config.engine import EngineConfig
@@ -75,11 +76,17 @@ class Engine:
 
     @classmethod
     def from_checkpoint(
-        cls, path: str, *, mesh: MeshConfig = ONE_DEVICE, config: EngineConfig, run_seed: int = 0
+        cls,
+        path: str,
+        *,
+        mesh: MeshConfig = ONE_DEVICE,
+        devices: tuple[Any, ...] | None = None,
+        config: EngineConfig,
+        run_seed: int = 0,
     ) -> "Engine":
-        """Restore a checkpoint straight onto the devices of a mesh."""
+        """Restore a checkpoint straight onto the devices of a mesh: of `devices`, or of all there are."""
         checkpoint = open_checkpoint(path)
-        layout = decode_layout(make_mesh(mesh))
+        layout = decode_layout(make_mesh(mesh, devices))
         params = restore_params(checkpoint, layout, config.compute_dtype)
         runner = DeviceRunner(checkpoint.config, params, layout, config)
         return cls(runner, checkpoint.config.vocab_size, checkpoint.config.eos_token_ids, run_seed)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from qwq_jax.config.engine import EngineConfig
 from qwq_jax.config.model import ModelConfig
@@ -47,7 +48,11 @@ class DeviceRunner:
 
     def step(self, plan: StepPlan) -> StepResult:
         """Carry out one step and wait for the tokens."""
-        packed = jax.device_put(_pack(plan, self.shape), self._layout.sharding(("replica", None)))
+        numbers = _pack(plan, self.shape)
+        # Every process of a mesh has the whole plan, and gives its own devices their part of it.
+        packed = jax.make_array_from_callback(
+            numbers.shape, self._layout.sharding(("replica", None)), numbers.__getitem__
+        )
         bucket = Bucket(plan.prefill_tokens, plan.table_width, plan.want_top)
         if bucket not in self._programs:
             run = step_program(self._model, self._layout, self.shape, self._dtype, bucket)
@@ -81,7 +86,10 @@ def step_program(model: ModelConfig, layout: Layout, shape: EngineShape, dtype: 
         hidden, cache = decoder(arrays["tokens"], arrays["positions"], attend, cache)
         last = jnp.take_along_axis(hidden, arrays["sample_index"][:, :, None], axis=1)
         sampling = SamplingArrays(**{name: arrays[name] for name in SamplingArrays._fields})
-        return cache, sample(decoder.logits(last), sampling, num_top=MAX_TOP_LOGPROBS if bucket.want_top else 0)
+        sampled = sample(decoder.logits(last), sampling, num_top=MAX_TOP_LOGPROBS if bucket.want_top else 0)
+        if layout.mesh.is_multi_process:  # each process decides by all tokens
+            sampled = Sampled(*(layout.constrain(x, (None,) * x.ndim) for x in sampled))
+        return cache, sampled
 
     return jax.jit(run, donate_argnums=1)
 
@@ -149,7 +157,10 @@ def _affordable_pages(model: ModelConfig, layout: Layout, config: EngineConfig) 
         budget = _CACHE_SHARE_OF_HOST * host / len(stats)
     if budget < page:
         raise ValueError(f"no memory is left for the cache: a page of {config.page_size} tokens needs {page} bytes")
-    return int(budget // page)
+    pages = int(budget // page)
+    if layout.mesh.is_multi_process:  # the schedule must be the same everywhere
+        pages = int(multihost_utils.process_allgather(np.array(pages)).min())
+    return pages
 
 
 def _fields(shape: EngineShape, prefill_tokens: int, table_width: int) -> dict[str, tuple[tuple[int, ...], Any]]:
