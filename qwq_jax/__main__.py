@@ -18,9 +18,9 @@ from qwq_jax import __version__
 from qwq_jax.config.inference import CHAT_SAMPLING, InferenceConfig
 from qwq_jax.config.load import build, load_toml
 from qwq_jax.config.train import SftConfig
-from qwq_jax.interrupt import Interrupted
+from qwq_jax.interrupt import EXIT_INTERRUPTED, Interrupted
 
-EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 42
+EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 
 # What the user can put right: no room, no permission, no such place.
 _USERS_ERRORS = frozenset(

@@ -1,11 +1,17 @@
 """What the processes of one run tell each other beside their arrays: who wants to stop, what failed, what was agreed.
 
 They speak through the key-value store that `jax.distributed` keeps on process 0, not by collectives: a process need not
-be at the same step as the others to be told something.  One that dies is no matter of this module: JAX misses its
-heartbeats and ends the others.
+be at the same step as the others to be told something.
+
+Each also lays out a beat there, and watches those of the others, in a thread: a process that waits in a collective for
+one that has died, or has failed, would wait for ever.  JAX has heartbeats of its own, which come later and end a
+process by an abort; that still happens, and at once, where process 0 dies, because the store goes with it.
 """
 
 import json
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -15,11 +21,15 @@ import jax
 
 # The store has no public name; libraries that need it (Orbax among them) take it from here.
 from jax._src import distributed
+from jax.errors import JaxRuntimeError
 
-from qwq_jax.interrupt import Interrupted
+from qwq_jax.interrupt import EXIT_INTERRUPTED, Interrupted
 
 NEWS_SECONDS = 1.0
 STEPS_PER_DECISION = 8
+BEAT_SECONDS = 5.0
+# Shorter than JAX's own patience, longer than any pause of a living thread.
+SILENCE_SECONDS = 40.0
 _POLL_SECONDS = 0.1
 _DECISION_MILLISECONDS = 600_000
 _ROOT = "qwq_jax"
@@ -79,6 +89,7 @@ class Peers:
         self._told = False
         self._stopping = False
         self._steps = 0
+        self._watch = None if store is None else _Watch(store, index)
 
     @classmethod
     def meet(cls, stop: Callable[[], bool]) -> Self:
@@ -88,12 +99,20 @@ class Peers:
         return cls(stop, index=jax.process_index(), count=jax.process_count(), store=distributed.global_state.client)
 
     def __enter__(self) -> Self:
+        if self._watch is not None:
+            self._watch.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._store is not None and error is not None and not isinstance(error, PeerFailed | Interrupted):
+        if self._store is None or self._watch is None:
+            return
+        if isinstance(error, JaxRuntimeError) or "Gloo" in str(error):
+            # Most likely the effect of something at the other end: then the watch finds it and ends this process.
+            self._watch.join(2 * SILENCE_SECONDS)
+        self._watch.leave()
+        if error is not None and not isinstance(error, PeerFailed | Interrupted):
             sentence = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             self._store.key_value_set(f"{_ROOT}/news/failed/{self.index}", sentence)
 
@@ -200,3 +219,55 @@ class Peers:
                 raise PeerFailed(f"process {index}: {text}")
             stop = True
         return stop
+
+
+class _Watch(threading.Thread):
+    """Says every few seconds that this process lives, and ends it when another one does not, or has failed."""
+
+    def __init__(self, store: Store, index: int) -> None:
+        super().__init__(daemon=True)
+        self._store = store
+        self._index = index
+        self._left = threading.Event()
+        self._heard: dict[str, tuple[str, float]] = {}
+        # Without process 0 the others hear nothing any more: it goes last.
+        self._patience = SILENCE_SECONDS if index else SILENCE_SECONDS + 2 * BEAT_SECONDS
+
+    def run(self) -> None:
+        beat = 0
+        while not self._left.is_set():
+            try:
+                self._store.key_value_set(f"{_ROOT}/beat/{self._index}", str(beat), allow_overwrite=True)
+                found = self._store.key_value_dir_get(f"{_ROOT}/beat/")
+                found += self._store.key_value_dir_get(f"{_ROOT}/news/failed/")
+            except JaxRuntimeError:  # the store is gone, and JAX ends this process
+                return
+            self._judge(found)
+            beat += 1
+            self._left.wait(BEAT_SECONDS)
+
+    def leave(self) -> None:
+        """Ends the watch, and asks the others not to wait for another beat."""
+        self._left.set()
+        self.join()
+        try:
+            self._store.key_value_delete(f"{_ROOT}/beat/{self._index}")
+        except JaxRuntimeError:  # no store, no beat
+            return
+
+    def _judge(self, found: list[tuple[str, str]]) -> None:
+        now = time.monotonic()
+        for key, value in found:
+            if self._heard.get(key, ("", now))[0] != value:
+                self._heard[key] = value, now
+            elif now - self._heard[key][1] >= self._patience:
+                index = key.rpartition("/")[2]
+                told = f"failed: {value}" if "/failed/" in key else f"has not been heard of for {self._patience:.0f} s"
+                print(
+                    f"interrupted: process {index} {told}; what is answered is saved, the same command goes on",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(
+                    EXIT_INTERRUPTED
+                )  # the main thread may be waiting for the other process, where nothing wakes it

@@ -1,6 +1,6 @@
 """The command line, in which one process sends itself a signal after some steps of the engine.
 
-`python -m tests.multihost.generate_worker PROCESS STEPS SIGNAL HEARTBEAT generate ...`
+`python -m tests.multihost.generate_worker PROCESS STEPS SIGNAL SILENCE generate ...`, where INDEX in a word is that of the process.
 """
 
 import os
@@ -9,10 +9,11 @@ import sys
 import jax
 
 from qwq_jax import __main__ as command_line
-from qwq_jax import runtime
+from qwq_jax import processes
 from qwq_jax.engine.engine import Engine, StepOutput
+from qwq_jax.jobs import shared_output
 
-victim, steps, number, heartbeat = map(int, sys.argv[1:5])
+victim, steps, number, silence = map(int, sys.argv[1:5])
 taken = 0
 step = Engine.step
 
@@ -27,6 +28,8 @@ def counted(self: Engine) -> StepOutput:
 
 
 if __name__ == "__main__":
-    runtime._HEARTBEAT_SECONDS = heartbeat
+    processes.BEAT_SECONDS, processes.SILENCE_SECONDS = 1.0, float(silence)
     Engine.step = counted
-    sys.exit(command_line.main(sys.argv[5:]))
+    shared_output.PATIENCE_SECONDS = 1.0
+    index = os.environ["JAX_PROCESS_ID"]
+    sys.exit(command_line.main([word.replace("INDEX", index) for word in sys.argv[5:]]))
