@@ -149,8 +149,9 @@ class Peers:
         Raises:
             ValueError: This process was given something else.
         """
-        self.share("given", values)
-        given, mine = self.require("given") if self.index else values, json.loads(json.dumps(values))
+        mine = json.loads(json.dumps(values))
+        self.share("given", mine)
+        given = self.require("given") if self.index else mine
         different = sorted(key for key in mine if given.get(key) != mine[key])
         if different:
             raise ValueError(f"process {self.index} was given another {' and '.join(different)} than process 0")

@@ -1,6 +1,7 @@
 """The command line, in which one process sends itself a signal after some steps of the engine.
 
-`python -m tests.multihost.generate_worker PROCESS STEPS SIGNAL SILENCE generate ...`, where INDEX in a word is that of the process.
+`python -m tests.multihost.generate_worker PROCESS STEPS SIGNAL SILENCE generate ...`; INDEX in a word is that of the
+process.
 """
 
 import os
