@@ -98,10 +98,11 @@ class SharedOutput:
         """What to raise when asked to stop; all that was answered is durable then."""
         if self._file is not None:
             self._file.sync()
-        if self.split and self._peers.count > 1:
-            return Interrupted(f"what is answered is saved in {self.path} and its parts; the same command goes on")
-        answered = "what is answered is" if self._file is None else f"{len(self._file.done)} of {total} requests are"
-        return Interrupted(f"{answered} answered in {self.path}; the same command goes on")
+        if self.split or self._file is None:
+            parts = " and its parts" if self.split else ""
+            return Interrupted(f"what is answered is saved in {self.path}{parts}; the same command goes on")
+        done = len(self._file.done)
+        return Interrupted(f"{done} of {total} requests are answered in {self.path}; the same command goes on")
 
     def finish(self, total: int, counts: dict[str, Any]) -> dict[str, Any]:
         """All lines of this process are answered: waits for the others, and puts the output together.
