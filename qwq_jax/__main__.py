@@ -19,9 +19,9 @@ from qwq_jax import __version__
 from qwq_jax.config.inference import CHAT_SAMPLING, InferenceConfig
 from qwq_jax.config.load import build, load_toml
 from qwq_jax.config.train import SftConfig
-from qwq_jax.interrupt import Interrupted
+from qwq_jax.interrupt import EXIT_INTERRUPTED, Interrupted
 
-EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 42
+EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 
 # What the user can put right: no room, no permission, no such place.
 _USERS_ERRORS = frozenset(
@@ -144,6 +144,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="For requests that bring no seed of their own.")] = 0,
     overrides: Set = None,
     simulate_devices: SimulateDevices = None,
+    distributed: Distributed = False,
 ) -> None:
     """Answer a file of requests; the same command goes on after a stop.
 
@@ -152,7 +153,7 @@ def generate(
     from qwq_jax import runtime
     from qwq_jax.jobs import generate as job
 
-    runtime.start(simulate_devices=simulate_devices)
+    runtime.start(simulate_devices=simulate_devices, distributed=distributed)
     config = _inference_config(overrides, {"compute_dtype": runtime.default_compute_dtype()})
     job.generate(
         checkpoint,

@@ -4,6 +4,8 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+EXIT_INTERRUPTED = 42
+
 
 class Interrupted(Exception):
     """Raised by a job that was asked to stop, once everything is saved; its text says what the same command will do."""

@@ -22,6 +22,8 @@ _DEVICE_COUNT_FLAG = re.compile(r"--xla_force_host_platform_device_count=\d+\s*"
 # Faster compilations are cheaper to repeat than to look up.
 _WORTH_CACHING_SECONDS = 0.5
 _GOOGLE = "0x1ae0"
+# A process that is not heard of for so long is dead, and the others end themselves.
+_HEARTBEAT_SECONDS = 60
 _ABANDONED = ("Event loop is closed", "Encountered error while reading array index")
 
 
@@ -117,11 +119,23 @@ def _join_processes() -> None:
     for name, value in (("JAX_NUM_PROCESSES", count), ("JAX_PROCESS_ID", index)):
         if value is not None and not value.isdecimal():
             raise ValueError(f"{name} {value!r} is not a number")
-    jax.distributed.initialize(
-        coordinator_address=address,
-        num_processes=None if count is None else int(count),
-        process_id=None if index is None else int(index),
-    )
+    if address is not None and not re.search(r":\d+$", address):
+        raise ValueError(f"JAX_COORDINATOR_ADDRESS {address!r} is not of the form HOST:PORT")
+    # Jobs note SIGTERM themselves; JAX's own notice would swallow one that comes before.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            coordinator_address=address,
+            num_processes=None if count is None else int(count),
+            process_id=None if index is None else int(index),
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+        )
+    except ValueError as error:
+        raise ValueError(
+            "--distributed: nothing here says where the other processes are. A TPU pod knows them; elsewhere set "
+            "JAX_COORDINATOR_ADDRESS to HOST:PORT of process 0, JAX_NUM_PROCESSES to their number and JAX_PROCESS_ID "
+            f"to that of this one, from 0 on ({error})"
+        ) from None
 
 
 def _cache_directory() -> Path:

@@ -143,7 +143,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         devices: The `jax.Device`s to use, all by default; a mesh smaller than their number uses the first ones.
 
     Raises:
-        ValueError: There are fewer devices than the mesh needs, or several processes and more.
+        ValueError: There are fewer devices than the mesh needs, or more and they are of several processes.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = (config.data, config.fsdp, config.tensor)
@@ -154,7 +154,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"{len(devices)} are present"
         )
     if needed < len(devices):
-        if jax.process_count() > 1:
+        if len({device.process_index for device in devices}) > 1:
             raise ValueError(
                 f"mesh data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} leaves "
                 f"{len(devices) - needed} of {len(devices)} devices out; with several processes it must use all"

@@ -66,6 +66,19 @@ def test_processes_are_named_in_full(monkeypatch):
         runtime.start(distributed=True)
 
 
+def test_processes_that_nobody_named_are_asked_for_by_the_variables_names():
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    code = "from qwq_jax import runtime; runtime.start(simulate_devices=1, distributed=True)"
+    error = run(code).stderr.splitlines()[-1]
+    assert error.startswith("ValueError: --distributed") and all(name in error for name in names)
+
+
+def test_a_coordinator_without_a_port_is_refused(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host-0")
+    with pytest.raises(ValueError, match="'host-0' is not of the form HOST:PORT"):
+        runtime.start(distributed=True)
+
+
 def test_cpu_computes_in_float32():
     assert runtime.default_compute_dtype() == "float32"
 

@@ -1,5 +1,7 @@
 """Layouts: what is cut, what is replicated on purpose, what is refused."""
 
+from types import SimpleNamespace
+
 import jax
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -56,12 +58,12 @@ def test_a_smaller_mesh_uses_the_first_devices_and_says_so(caplog):
     assert "uses 2 of 8 devices" in message
 
 
-def test_several_processes_must_use_every_device(monkeypatch):
-    """A process without a device of the mesh would have no part in the run."""
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    make_mesh(MeshConfig(data=8))
+def test_several_processes_must_use_every_device():
+    of_two_hosts = [SimpleNamespace(process_index=index // 4) for index in range(8)]
     with pytest.raises(ValueError, match="tensor=2 leaves 6 of 8 devices out; with several processes it must use all"):
-        make_mesh(MeshConfig(tensor=2))
+        make_mesh(MeshConfig(tensor=2), of_two_hosts)
+    # Those of one process may be used in part.
+    assert make_mesh(MeshConfig(tensor=2), jax.devices()).devices.size == 2
 
 
 def test_every_parameter_has_a_place_on_every_mesh(tiny_config):

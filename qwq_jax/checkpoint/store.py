@@ -359,7 +359,15 @@ def _restore(checkpoint: Checkpoint, layout: Layout | None, dtypes: Mapping[str,
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
         partial_restore=len(abstract) < len(spec),
     )
-    with ocp.Checkpointer(handler) as checkpointer, explained(f"cannot read {checkpoint.path}"):
+    options = ocp.options.MultiprocessingOptions()
+    if jax.process_count() > 1 and layout is not None and not layout.mesh.is_multi_process:
+        # A mesh of this process alone: the others may restore at another time, or not at all.
+        index = jax.process_index()
+        options = ocp.options.MultiprocessingOptions(
+            primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
+        )
+    checkpointing = ocp.Checkpointer(handler, multiprocessing_options=options)
+    with checkpointing as checkpointer, explained(f"cannot read {checkpoint.path}"):
         with restoring(checkpoint.path, abstract), _os_errors():
             return checkpointer.restore(_place(checkpoint.path), args=arguments)
 

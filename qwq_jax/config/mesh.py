@@ -22,3 +22,14 @@ class MeshConfig(Frozen):
     def size(self) -> int:
         """Number of devices."""
         return self.data * self.fsdp * self.tensor
+
+    def share_of_process(self, processes: int, local_devices: int) -> "MeshConfig | None":
+        """The mesh of one process, if each of several can hold replicas of the model of its own; None if not.
+
+        Example:
+            Four hosts of 8 chips and ``data=8, tensor=4``: each holds ``data=2, tensor=4``. With ``data=2, tensor=16``
+            a replica needs the chips of two hosts.
+        """
+        if self.data % processes or local_devices % (self.fsdp * self.tensor):
+            return None
+        return self.model_copy(update={"data": self.data // processes})

@@ -86,11 +86,17 @@ class Engine:
 
     @classmethod
     def from_checkpoint(
-        cls, path: str, *, mesh: MeshConfig = ONE_DEVICE, config: EngineConfig, run_seed: int = 0
+        cls,
+        path: str,
+        *,
+        mesh: MeshConfig = ONE_DEVICE,
+        devices: tuple[Any, ...] | None = None,
+        config: EngineConfig,
+        run_seed: int = 0,
     ) -> "Engine":
-        """Restore a checkpoint straight onto the devices of a mesh."""
+        """Restore a checkpoint straight onto the devices of a mesh: of `devices`, or of all there are."""
         checkpoint = open_checkpoint(path)
-        layout = decode_layout(make_mesh(mesh))
+        layout = decode_layout(make_mesh(mesh, devices))
         weights = choose_weights(checkpoint.manifest.weights, config.weights, config.activations)
         params = restore_params(checkpoint, layout, config.compute_dtype, weights=weights)
         runner = DeviceRunner(checkpoint.config, params, layout, config, weights)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from qwq_jax.config.engine import EngineConfig
 from qwq_jax.config.model import ModelConfig
@@ -197,4 +198,7 @@ def _affordable_pages(model: ModelConfig, layout: Layout, config: EngineConfig) 
         budget = _CACHE_SHARE_OF_HOST * host / len(stats)
     if budget < page:
         raise ValueError(f"no memory is left for the cache: a page of {config.page_size} tokens needs {page} bytes")
-    return int(budget // page)
+    pages = int(budget // page)
+    if layout.mesh.is_multi_process:  # the schedule must be the same everywhere
+        pages = int(multihost_utils.process_allgather(np.array(pages)).min())
+    return pages

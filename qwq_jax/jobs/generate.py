@@ -5,8 +5,11 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+import jax
 
 from qwq_jax.chat import ChatTokenizer
 from qwq_jax.checkpoint.store import Checkpoint, open_checkpoint
@@ -15,11 +18,13 @@ from qwq_jax.config.mesh import MeshConfig
 from qwq_jax.config.sampling import SamplingParams
 from qwq_jax.engine.engine import Engine
 from qwq_jax.engine.request import Completion, Request
-from qwq_jax.interrupt import Interrupted, StopRequested
+from qwq_jax.interrupt import StopRequested
 from qwq_jax.jobs.answer import choice_of, hooks_of, prompt_ids, with_special_stops
 from qwq_jax.jobs.batch_file import BadLine, Choice, PromptLine, count_lines, error_line, read_batch, result_line
 from qwq_jax.jobs.progress import BatchProgress
-from qwq_jax.jobs.result_file import ResultFile, file_fingerprint
+from qwq_jax.jobs.result_file import file_fingerprint
+from qwq_jax.jobs.shared_output import SharedOutput
+from qwq_jax.processes import Peers
 
 OPENAI_DEFAULTS = SamplingParams()
 
@@ -45,6 +50,11 @@ class GenerateReport:
     generated_tokens: int = 0
     tokens_per_second: float = 0.0
     compiles: int = 0
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What adds up over processes that have lines of their own."""
+        return {name: value for name, value in asdict(self).items() if name != "requests"}
 
     @property
     def sentence(self) -> str:
@@ -79,35 +89,45 @@ def generate(
         ValueError: The input, the output or the checkpoint cannot be used.
         Interrupted: A signal asked to stop; all that was answered is saved.
     """
-    _check_paths(input, output)
-    opened = open_checkpoint(checkpoint)
-    total = count_lines(input)
-    origin = _origin(opened, input, engine, sampling, seed)
-    with StopRequested() as stop, ResultFile(output, origin) as results:
-        if len(results.done) == total:
-            results.finish()
-            _log.info("%s: all %d requests are answered", output, total)
-            return GenerateReport(total)
-        tokenizer = ChatTokenizer.from_directory(opened.tokenizer_dir)
-        server = Engine.from_checkpoint(checkpoint, mesh=mesh, config=engine, run_seed=seed)
-        with BatchProgress(total, len(results.done)) as progress:
+    with StopRequested() as stop, Peers.meet(stop) as peers:
+        _check_paths(input, output)
+        opened = open_checkpoint(checkpoint)
+        total = count_lines(input)
+        origin = _origin(opened, input, engine, sampling, seed)
+        peers.require_same({**origin, "mesh": mesh.model_dump(), "engine": engine.model_dump()})
+        own = mesh.share_of_process(peers.count, jax.local_device_count()) if peers.count > 1 else None
+        with SharedOutput(output, origin, peers, split=own is not None) as results:
+            if len(results.answered) == total:
+                results.finish(total, {})
+                _log.info("%s: all %d requests are answered", output, total)
+                return GenerateReport(total)
+            results.open_part()
+            tokenizer = ChatTokenizer.from_directory(opened.tokenizer_dir)
+            devices = None if own is None else tuple(jax.local_devices())
+            server = Engine.from_checkpoint(checkpoint, mesh=own or mesh, devices=devices, config=engine, run_seed=seed)
             batch = _Batch(server, tokenizer, results, model=Path(checkpoint.rstrip("/")).name, sampling=sampling)
-            for output_of_step in server.run(batch.requests(input), functools.partial(hooks_of, tokenizer)):
-                for completion in output_of_step.completions:
-                    batch.take(completion)
-                results.sync_if_due()
-                progress.update(len(results.done), len(output_of_step.tokens))
-                if stop():
-                    results.sync()
-                    raise Interrupted(
-                        f"{len(results.done)} of {total} requests are answered in {output}; the same command goes on"
-                    )
-            progress.update(len(results.done), 0)
-            assert len(results.done) == total, "a line was lost"
-            results.finish()
-            report = batch.report(total, progress.tokens_per_second)
-    _log.info("%s: %s", output, report.sentence)
+            report = _answer(batch, input, total, peers)
+    if peers.index == 0:
+        _log.info("%s: %s", output, report.sentence)
     return report
+
+
+def _answer(batch: "_Batch", input: Path, total: int, peers: Peers) -> GenerateReport:
+    """Serves the lines of this process, and waits for those of the others."""
+    results, server = batch.results, batch.engine
+    before = 0 if results.split else len(results.answered)
+    with BatchProgress(before + results.share_of(total), before, shown=results.split or peers.index == 0) as progress:
+        for output_of_step in server.run(batch.requests(input), functools.partial(hooks_of, batch.tokenizer)):
+            for completion in output_of_step.completions:
+                batch.take(completion)
+            results.sync_if_due()
+            progress.update(before + batch.answered, len(output_of_step.tokens))
+            stop = peers.stopping() if results.split else peers.stopping_together(server.stats.generated_tokens)
+            if stop:
+                raise results.stopped(total)
+        progress.update(before + batch.answered, 0)
+        report = batch.report(total, progress.tokens_per_second)
+        return replace(report, **results.finish(total, report.counts))
 
 
 @dataclass
@@ -116,7 +136,7 @@ class _Batch:
 
     engine: Engine
     tokenizer: ChatTokenizer
-    results: ResultFile
+    results: SharedOutput
     model: str
     sampling: SamplingParams
     answered: int = 0
@@ -125,9 +145,9 @@ class _Batch:
 
     def requests(self, path: Path) -> Iterator[Request]:
         """The lines still to be served, as they are pulled; bad ones are answered on the way."""
-        already = frozenset(self.results.done)
-        for line in read_batch(path, self.sampling):
-            if line.number in already:
+        left = (line for line in read_batch(path, self.sampling) if line.number not in self.results.answered)
+        for rank, line in enumerate(left):
+            if not self.results.serves(rank):
                 continue
             if isinstance(line, PromptLine):
                 try:
@@ -165,7 +185,7 @@ class _Batch:
         self.errors += 1
 
     def report(self, requests: int, tokens_per_second: float) -> GenerateReport:
-        """What was done."""
+        """What was done by this process."""
         generated, compiles = self.engine.stats.generated_tokens, self.engine.runner.compiles
         return GenerateReport(requests, self.answered, self.errors, generated, tokens_per_second, compiles)
 

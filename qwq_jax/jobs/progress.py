@@ -18,10 +18,16 @@ class BatchProgress:
     """Counts requests and generated tokens of a run; enter it to show them on stderr.
 
     Time left is by requests, at the pace of this run: those done before it do not count.
+
+    Args:
+        total: Requests.
+        done: Of these, done before.
+        shown: Otherwise it only counts.
     """
 
-    def __init__(self, total: int, done: int) -> None:
+    def __init__(self, total: int, done: int, *, shown: bool = True) -> None:
         self._total = total
+        self._is_shown = shown
         self._before = self._done = done
         self._tokens = 0
         self._started = self._shown = time.monotonic()
@@ -32,7 +38,7 @@ class BatchProgress:
             TextColumn("requests · {task.fields[rate]} tokens/s ·"),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=Console(stderr=True),
-            disable=not sys.stderr.isatty(),
+            disable=not (shown and sys.stderr.isatty()),
         )
         self._task = self._bar.add_task("", total=total, completed=done, rate="-")
 
@@ -61,6 +67,8 @@ class BatchProgress:
             self._line()
 
     def _line(self) -> None:
+        if not self._is_shown:
+            return
         self._shown = time.monotonic()
         text = f"{self._done} of {self._total} requests, {self.tokens_per_second:,.0f} tokens/s"
         answered = self._done - self._before

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -123,6 +123,17 @@ class ResultFile:
         except OSError as error:
             ordered.unlink(missing_ok=True)
             raise ValueError(f"cannot write {ordered}: {error.strerror}") from None
+        _sync_directory(self.path.parent)
+
+    def lines(self) -> Iterator[bytes]:
+        """The result lines, as they lie in the file."""
+        with self.path.open("rb") as file:
+            yield from file
+
+    def delete(self) -> None:
+        """Remove the file and what lies beside it, while the lock is held."""
+        self.path.unlink(missing_ok=True)
+        self._record.unlink(missing_ok=True)
         _sync_directory(self.path.parent)
 
     def _open(self, record: Path) -> None:

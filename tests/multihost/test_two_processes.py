@@ -3,10 +3,6 @@
 import hashlib
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +16,7 @@ from qwq_jax.jobs.convert import convert
 from qwq_jax.sharding import make_mesh, train_layout
 from qwq_jax.train.metrics import read_records
 from tests.checkpoint.sources import random_tensors, write_source
+from tests.multihost.launch import together
 from tests.sft.chat_directory import THINKING, VOCABULARY, write_tokenizer
 
 STEPS = 6
@@ -38,31 +35,6 @@ MODEL = ModelConfig(
     max_position_embeddings=128,
     eos_token_ids=(258,),
 )
-
-
-def together(*arguments: str) -> list[subprocess.CompletedProcess[str]]:
-    """Runs two processes that know each other, and returns both ends."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    # The device count of the tests would contradict four a process.
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            env=environment
-            | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    ends = [process.communicate(timeout=300) for process in started]
-    return [
-        subprocess.CompletedProcess(process.args, process.returncode, *end)
-        for process, end in zip(started, ends, strict=True)
-    ]
 
 
 def test_each_process_reads_only_its_part(tmp_path: Path) -> None:

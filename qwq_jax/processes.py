@@ -1,0 +1,274 @@
+"""What the processes of one run tell each other beside their arrays: who wants to stop, what failed, what was agreed.
+
+They speak through the key-value store that `jax.distributed` keeps on process 0, not by collectives: a process need not
+be at the same step as the others to be told something.
+
+Each also lays out a beat there, and watches those of the others, in a thread: a process that waits in a collective for
+one that has died, or has failed, would wait for ever.  JAX has heartbeats of its own, which come later and end a
+process by an abort; that still happens, and at once, where process 0 dies, because the store goes with it.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import jax
+
+# The store has no public name; libraries that need it (Orbax among them) take it from here.
+from jax._src import distributed
+from jax.errors import JaxRuntimeError
+
+from qwq_jax.interrupt import EXIT_INTERRUPTED, Interrupted
+
+NEWS_SECONDS = 1.0
+STEPS_PER_DECISION = 8
+BEAT_SECONDS = 5.0
+# Shorter than JAX's own patience, longer than any pause of a living thread.
+SILENCE_SECONDS = 40.0
+_POLL_SECONDS = 0.1
+_DECISION_MILLISECONDS = 600_000
+_ROOT = "qwq_jax"
+
+
+class Store(Protocol):
+    """The part of JAX's distributed client that is used here."""
+
+    def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
+        """Sets a value."""
+
+    def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
+        """Returns what lies below a key, perhaps nothing."""
+        ...
+
+    def key_value_delete(self, key: str) -> None:
+        """Deletes a key."""
+
+    def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str:
+        """Waits for a value."""
+        ...
+
+
+class PeerFailed(ValueError):
+    """Another process met an error; the text says which and what."""
+
+
+class Peers:
+    """All processes of this run, as one of them sees them; enter it, so that they hear when this one fails.
+
+    Every value goes as JSON under a name that is used once in a run.
+
+    Args:
+        stop: Whether this process has been asked to stop.
+        index: Of this process.
+        count: Of processes; one alone needs no store.
+        store: Where they meet.
+        clock: In seconds.
+    """
+
+    def __init__(
+        self,
+        stop: Callable[[], bool],
+        *,
+        index: int = 0,
+        count: int = 1,
+        store: Store | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        assert count == 1 or store is not None, "several processes need a store"
+        self.index = index
+        self.count = count
+        self._stop = stop
+        self._store = store
+        self._clock = clock
+        self._read_at = -NEWS_SECONDS
+        self._told = False
+        self._stopping = False
+        self._steps = 0
+        self._watch = None if store is None else _Watch(store, index)
+
+    @classmethod
+    def meet(cls, stop: Callable[[], bool]) -> Self:
+        """The processes that `jax.distributed` brought together; this one alone if it did not."""
+        if jax.process_count() == 1:
+            return cls(stop)
+        return cls(stop, index=jax.process_index(), count=jax.process_count(), store=distributed.global_state.client)
+
+    def __enter__(self) -> Self:
+        if self._watch is not None:
+            self._watch.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._store is None or self._watch is None:
+            return
+        if isinstance(error, JaxRuntimeError) or "Gloo" in str(error):
+            # Most likely the effect of something at the other end: then the watch finds it and ends this process.
+            self._watch.join(2 * SILENCE_SECONDS)
+        self._watch.leave()
+        if error is not None and not isinstance(error, PeerFailed | Interrupted):
+            sentence = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            self._store.key_value_set(f"{_ROOT}/news/failed/{self.index}", sentence)
+
+    @property
+    def others(self) -> range:
+        """The processes that report to process 0."""
+        return range(1, self.count)
+
+    def share(self, name: str, value: Any) -> None:
+        """Lays a value out for whoever receives it."""
+        if self._store is not None:
+            self._store.key_value_set(f"{_ROOT}/{name}/{self.index}", json.dumps(value))
+
+    def receive(self, name: str, source: int = 0) -> Any:
+        """Waits for what `source` shares under a name; None if a process wants to stop before.
+
+        Raises:
+            PeerFailed: Another process has failed, so the value may never come.
+        """
+        while (value := self._look(name, source)) is None and not self.stopping():
+            time.sleep(_POLL_SECONDS)
+        return value
+
+    def require(self, name: str, source: int = 0) -> Any:
+        """Waits like `receive`, but not to stop before: for what comes soon, or never because of a failure."""
+        while (value := self._look(name, source)) is None:
+            self.stopping()
+            time.sleep(_POLL_SECONDS)
+        return value
+
+    def require_same(self, values: Mapping[str, Any]) -> None:
+        """Compares what process 0 was given.
+
+        Raises:
+            ValueError: This process was given something else.
+        """
+        mine = json.loads(json.dumps(values))
+        self.share("given", mine)
+        given = self.require("given") if self.index else mine
+        different = sorted(key for key in mine if given.get(key) != mine[key])
+        if different:
+            raise ValueError(f"process {self.index} was given another {' and '.join(different)} than process 0")
+
+    def stopping(self) -> bool:
+        """Whether any process has been asked to stop, to be asked at any time; a second may pass until all know.
+
+        Raises:
+            PeerFailed: Another process has failed.
+        """
+        wanted = self._stop()
+        if self._store is None:
+            return wanted
+        self._tell(wanted)
+        if self._clock() - self._read_at >= NEWS_SECONDS:
+            self._read_at = self._clock()
+            self._stopping = self._read_news()
+        return wanted or self._stopping
+
+    def stopping_together(self, progress: int) -> bool:
+        """Whether to stop after this step; every process gets the same answer after the same step.
+
+        Called once a step. Process 0 decides now and then, and the others wait for its word.
+
+        Args:
+            progress: Any number that all must have come to at this step.
+
+        Raises:
+            PeerFailed: Another process has failed, or is doing something else.
+        """
+        if self._store is None:
+            return self._stop()
+        self._tell(self._stop())
+        self._steps += 1
+        if self._steps % STEPS_PER_DECISION:
+            return False
+        number = self._steps // STEPS_PER_DECISION
+        key = f"{_ROOT}/decision/"
+        if self.index == 0:
+            stop = self._read_news()
+            self._store.key_value_set(f"{key}{number}", json.dumps([stop, progress]))
+            if number > 2:  # all have read it: they have taken steps with this process since
+                self._store.key_value_delete(f"{key}{number - 2}")
+            return stop
+        stop, theirs = json.loads(self._store.blocking_key_value_get(f"{key}{number}", _DECISION_MILLISECONDS))
+        assert theirs == progress, f"process 0 has come to {theirs} at step {self._steps}, process {self.index} not"
+        return stop
+
+    def _look(self, name: str, source: int) -> Any:
+        assert self._store is not None, "a process alone has nobody to hear from"
+        found = dict(self._store.key_value_dir_get(f"{_ROOT}/{name}/")).get(f"{_ROOT}/{name}/{source}")
+        return None if found is None else json.loads(found)
+
+    def _tell(self, wanted: bool) -> None:
+        if wanted and not self._told:
+            assert self._store is not None
+            self._store.key_value_set(f"{_ROOT}/news/stop/{self.index}", "")
+            self._told = True
+
+    def _read_news(self) -> bool:
+        assert self._store is not None
+        stop = False
+        for key, text in self._store.key_value_dir_get(f"{_ROOT}/news/"):
+            kind, index = key.split("/")[-2:]
+            if kind == "failed":
+                raise PeerFailed(f"process {index}: {text}")
+            stop = True
+        return stop
+
+
+class _Watch(threading.Thread):
+    """Says every few seconds that this process lives, and ends it when another one does not, or has failed."""
+
+    def __init__(self, store: Store, index: int) -> None:
+        super().__init__(daemon=True)
+        self._store = store
+        self._index = index
+        self._left = threading.Event()
+        self._heard: dict[str, tuple[str, float]] = {}
+        # Without process 0 the others hear nothing any more: it goes last.
+        self._patience = SILENCE_SECONDS if index else SILENCE_SECONDS + 2 * BEAT_SECONDS
+
+    def run(self) -> None:
+        beat = 0
+        while not self._left.is_set():
+            try:
+                self._store.key_value_set(f"{_ROOT}/beat/{self._index}", str(beat), allow_overwrite=True)
+                found = self._store.key_value_dir_get(f"{_ROOT}/beat/")
+                found += self._store.key_value_dir_get(f"{_ROOT}/news/failed/")
+            except JaxRuntimeError:  # the store is gone, and JAX ends this process
+                return
+            self._judge(found)
+            beat += 1
+            self._left.wait(BEAT_SECONDS)
+
+    def leave(self) -> None:
+        """Ends the watch, and asks the others not to wait for another beat."""
+        self._left.set()
+        self.join()
+        try:
+            self._store.key_value_delete(f"{_ROOT}/beat/{self._index}")
+        except JaxRuntimeError:  # no store, no beat
+            return
+
+    def _judge(self, found: list[tuple[str, str]]) -> None:
+        now = time.monotonic()
+        for key, value in found:
+            if self._heard.get(key, ("", now))[0] != value:
+                self._heard[key] = value, now
+            elif now - self._heard[key][1] >= self._patience:
+                index = key.rpartition("/")[2]
+                told = f"failed: {value}" if "/failed/" in key else f"has not been heard of for {self._patience:.0f} s"
+                print(
+                    f"interrupted: process {index} {told}; what is answered is saved, the same command goes on",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(
+                    EXIT_INTERRUPTED
+                )  # the main thread may be waiting for the other process, where nothing wakes it

@@ -1,0 +1,141 @@
+"""What processes tell each other, with a store in memory and a process a thread or none."""
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from qwq_jax.interrupt import Interrupted
+from qwq_jax.processes import STEPS_PER_DECISION, PeerFailed, Peers
+
+
+class Memory:
+    """The store of `jax.distributed`, as far as it is used."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, str] = {}
+        self.changed = threading.Condition()
+
+    def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
+        with self.changed:
+            assert allow_overwrite or key not in self.values, key
+            self.values[key] = value
+            self.changed.notify_all()
+
+    def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
+        with self.changed:
+            return [(name, value) for name, value in self.values.items() if name.startswith(key)]
+
+    def key_value_delete(self, key: str) -> None:
+        with self.changed:
+            self.values.pop(key, None)
+
+    def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str:
+        with self.changed:
+            assert self.changed.wait_for(lambda: key in self.values, timeout=10), key
+            return self.values[key]
+
+
+class Clock:
+    """Goes on by so much each time it is read."""
+
+    def __init__(self, pace: float = 0.0) -> None:
+        self.seconds = 0.0
+        self.pace = pace
+
+    def __call__(self) -> float:
+        self.seconds += self.pace
+        return self.seconds
+
+
+def never() -> bool:
+    return False
+
+
+def always() -> bool:
+    return True
+
+
+def peers(*stops: Callable[[], bool], clock: Clock | None = None) -> list[Peers]:
+    store, clock = Memory(), clock or Clock(pace=1.0)
+    return [Peers(stop, index=i, count=len(stops), store=store, clock=clock) for i, stop in enumerate(stops)]
+
+
+def test_a_process_alone_needs_nobody() -> None:
+    with Peers(never) as alone:
+        alone.share("anything", 1)
+        alone.require_same({"seed": 1})
+        assert not alone.stopping() and not alone.stopping_together(0)
+    assert Peers(always).stopping() and Peers(always).stopping_together(0)
+
+
+def test_others_hear_of_a_stop_within_a_second() -> None:
+    clock = Clock()
+    first, second = peers(never, always, clock=clock)
+    assert not first.stopping()
+    assert second.stopping()
+    assert not first.stopping()
+    clock.seconds = 1.0
+    assert first.stopping()
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_all_stop_after_the_same_step(asked: int) -> None:
+    stops = [never, never]
+    stops[asked] = always
+    found: list[list[bool]] = [[], []]
+
+    step = threading.Barrier(2, timeout=10)  # as the collectives of a step
+
+    def work(peer: Peers) -> None:
+        while not found[peer.index] or not found[peer.index][-1]:
+            step.wait()
+            found[peer.index].append(peer.stopping_together(len(found[peer.index])))
+
+    threads = [threading.Thread(target=work, args=(peer,)) for peer in peers(*stops)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert found[0] == found[1] and len(found[0]) % STEPS_PER_DECISION == 0
+
+
+def test_processes_that_do_different_things_do_not_go_on() -> None:
+    first, second = peers(never, never)
+    for step in range(STEPS_PER_DECISION):
+        first.stopping_together(step)
+    with pytest.raises(AssertionError, match="has come to 7 at step 8"):
+        for _ in range(STEPS_PER_DECISION):
+            second.stopping_together(0)
+
+
+def test_what_is_shared_is_received_and_an_error_comes_instead() -> None:
+    first, second, third = peers(never, never, never)
+    first.share("plan", {"lines": [1, 2]})
+    assert second.require("plan") == third.receive("plan") == {"lines": [1, 2]}
+    with pytest.raises(ValueError, match="no disk"), third:
+        raise ValueError("no disk")
+    for waiting in (first.receive, first.require):
+        with pytest.raises(PeerFailed, match="process 2: no disk"):
+            waiting("done", 2)
+    # What came from elsewhere is not passed on as if it were one's own.
+    with pytest.raises(PeerFailed), second:
+        second.require("done", 2)
+    with pytest.raises(Interrupted), first:
+        raise Interrupted("stopped")
+    assert {index for index in range(3) if f"qwq_jax/news/failed/{index}" in first._store.values} == {2}  # type: ignore
+
+
+def test_a_stop_ends_waiting() -> None:
+    first, _ = peers(always, never)
+    assert first.receive("done", 1) is None
+
+
+def test_all_were_given_the_same() -> None:
+    first, second = peers(never, never)
+    first.require_same({"seed": 1, "input": {"bytes": 3}, "mesh": (2, 1)})
+    second.require_same({"seed": 1, "input": {"bytes": 3}, "mesh": (2, 1)})
+    with pytest.raises(ValueError, match="process 1 was given another input and seed than process 0"):
+        second_again = Peers(never, index=1, count=2, store=second._store)
+        second_again._store.values.pop("qwq_jax/given/1")  # type: ignore
+        second_again.require_same({"seed": 2, "input": {"bytes": 4}, "mesh": (2, 1)})
