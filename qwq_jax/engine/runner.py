@@ -26,8 +26,7 @@ from qwq_jax.sharding import Layout
 # What the arrays of a step, the activations and the gathered pages may need beside the cache.
 _CACHE_SHARE_OF_DEVICE = 0.9
 _CACHE_SHARE_OF_HOST = 0.25
-# Programs differ in the widths of page tables and the lengths of chunks by this factor. The TPU kernels read no more of
-# a table than they need, and compile for long; plain jnp gathers all that the table is wide.
+# Ratio of the lengths of chunks that get programs of their own: a TPU compiles for longer, a CPU computes for longer.
 _GROWTH_ON_TPU, _GROWTH_ELSEWHERE = 8, 2
 
 

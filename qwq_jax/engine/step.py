@@ -16,7 +16,8 @@ from qwq_jax.engine.request import Sequence
 MAX_TOP_LOGPROBS = 20
 # Stop ids of a row: most have one or two, and a program for all of OpenAI's 64 and the model's own.
 FEW_STOPS, MANY_STOPS = 8, 128
-_SMALLEST_CHUNK = 32
+# Below these sizes a program of its own is not worth its compilation.
+_FEWEST_ROWS, _NARROWEST_TABLE, _SMALLEST_CHUNK = 8, 8, 32
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class EngineShape:
     All but `replicas` and `max_context` count for one replica: `num_pages` pages of `page_size` tokens, `max_sequences`
     decode rows, and `prefill_chunk` prompt tokens of at most `max_prefill_sequences` sequences in one step.
     `decode_window` is the most tokens that a sequence draws before the host looks, `drafts` the most that are guessed,
-    and `growth` the ratio of the sizes of tables and chunks that get programs of their own.
+    and `growth` the ratio of the chunks' sizes that get programs of their own.
     """
 
     replicas: int
@@ -55,21 +56,21 @@ class EngineShape:
     @property
     def table_widths(self) -> tuple[int, ...]:
         """Widths of page tables, each with programs of its own, the narrowest first."""
-        return _sizes(self.max_table_width, 1, self.growth)
+        return _sizes(self.max_table_width, _NARROWEST_TABLE, 4)
 
     @property
     def row_counts(self) -> tuple[int, ...]:
         """Numbers of decode rows, each with programs of its own, the smallest first."""
-        return _sizes(self.max_sequences, 1, 4)
+        return _sizes(self.max_sequences, _FEWEST_ROWS, 4)
 
     @property
     def chunk_sizes(self) -> tuple[int, ...]:
         """Numbers of flat positions for chunks of prompts, each with programs of its own, the smallest first."""
-        return _sizes(self.prefill_chunk, min(self.prefill_chunk, _SMALLEST_CHUNK), self.growth)
+        return _sizes(self.prefill_chunk, _SMALLEST_CHUNK, self.growth)
 
 
 def _sizes(largest: int, smallest: int, growth: int) -> tuple[int, ...]:
-    sizes = [largest]
+    sizes, smallest = [largest], min(smallest, largest)
     while sizes[-1] > smallest:
         sizes.append(max(smallest, -(-sizes[-1] // growth)))
     return tuple(reversed(sizes))

@@ -95,11 +95,8 @@ class Transformer(nnx.Module):
             x = self._scan(x, rotary, attend)
         else:
             entries = cache if cache is not None else (None,) * len(self.layers)
-            updated = []
-            for block, entry in zip(self.layers, entries, strict=True):
-                x, entry = block(x, rotary, attend, entry)
-                updated.append(entry)
-            cache = tuple(updated) if cache is not None else None
+            x, updated = self._unrolled(x, rotary, attend, entries)
+            cache = updated if cache is not None else None
         return self.final_norm(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -122,6 +119,21 @@ class Transformer(nnx.Module):
         if self.config.tie_word_embeddings or self.head.kernel_scale is None:
             return None
         return self.head.kernel_scale[...]
+
+    def _unrolled(
+        self, x: jax.Array, rotary: tuple[jax.Array, jax.Array], attend: Attend, entries: tuple[Any, ...]
+    ) -> tuple[jax.Array, tuple[Any, ...]]:
+        graph, updated = nnx.split(self.layers[0])[0], []
+
+        @jax.jit
+        def run(weights: nnx.State, x: jax.Array, entry: Any) -> tuple[jax.Array, Any]:
+            return nnx.merge(graph, weights)(x, rotary, attend, entry)
+
+        # All layers call one function, which is traced and lowered once; the compiler inlines it.
+        for block, entry in zip(self.layers, entries, strict=True):
+            x, entry = run(nnx.state(block), x, entry)
+            updated.append(entry)
+        return x, tuple(updated)
 
     def _scan(self, x: jax.Array, rotary: tuple[jax.Array, jax.Array], attend: Attend) -> jax.Array:
         graph, stacked = nnx.split(self.layers)

@@ -161,7 +161,7 @@ def test_every_mesh_gives_the_same_tokens(
         {"max_sequences": 1, "max_prefill_sequences": 1},
         {"page_size": 4, "prefill_chunk": 7},
         {"page_size": 128, "prefill_chunk": 128},
-        {"num_pages": 9, "page_size": 16},
+        {"num_pages": 24, "page_size": 4, "prefix_cache": False},
     ],
     ids=str,
 )
