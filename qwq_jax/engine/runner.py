@@ -26,7 +26,7 @@ from qwq_jax.sharding import Layout
 # What the arrays of a step, the activations and the gathered pages may need beside the cache.
 _CACHE_SHARE_OF_DEVICE = 0.9
 _CACHE_SHARE_OF_HOST = 0.25
-# Ratio of the lengths of chunks that get programs of their own: a TPU compiles for longer, a CPU computes for longer.
+# See `EngineShape.growth`: a TPU compiles for longer, a CPU computes for longer, and reads tables as wide as they are.
 _GROWTH_ON_TPU, _GROWTH_ELSEWHERE = 8, 2
 
 

@@ -27,7 +27,7 @@ class EngineShape:
     All but `replicas` and `max_context` count for one replica: `num_pages` pages of `page_size` tokens, `max_sequences`
     decode rows, and `prefill_chunk` prompt tokens of at most `max_prefill_sequences` sequences in one step.
     `decode_window` is the most tokens that a sequence draws before the host looks, `drafts` the most that are guessed,
-    and `growth` the ratio of the chunks' sizes that get programs of their own.
+    and `growth` the ratio of the lengths of chunks, and its square that of the widths of tables, that get programs.
     """
 
     replicas: int
@@ -56,7 +56,7 @@ class EngineShape:
     @property
     def table_widths(self) -> tuple[int, ...]:
         """Widths of page tables, each with programs of its own, the narrowest first."""
-        return _sizes(self.max_table_width, _NARROWEST_TABLE, 4)
+        return _sizes(self.max_table_width, _NARROWEST_TABLE, self.growth**2)
 
     @property
     def row_counts(self) -> tuple[int, ...]:
