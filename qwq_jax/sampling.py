@@ -136,11 +136,13 @@ def sample(
     row = PartitionSpec(*spec[:-1], None)
     by_name = {"generated": spec, "prompted": spec}
     edit_specs = jax.tree.map_with_path(lambda path, x: by_name.get(path[-1].name, _cut_to(row, x.ndim)), edits)
+    each: Any = _cut_to(row, logits.ndim - 1)
+    listed: Any = row
     return jax.shard_map(
         functools.partial(draw, part=part),
         mesh=layout.mesh,
         in_specs=(spec, jax.tree.map(lambda x: _cut_to(row, x.ndim), params), edit_specs),
-        out_specs=Sampled(*(_cut_to(row, logits.ndim - 1),) * 2, row, row),
+        out_specs=Sampled(each, each, listed, listed),
         check_vma=False,  # every device of a row's group computes the row's token, which the checker cannot see
     )(logits, params, edits)
 

@@ -22,6 +22,7 @@ LAYERS = {
     "kernels": 1,
     "logprobs": 1,
     "sampling": 2,
+    "grammar": 2,
     "model": 2,
     "checkpoint": 3,
     "engine": 3,
@@ -45,6 +46,7 @@ WALLS = {
     "optax": ("train/", "rl/"),
     "transformers": (),
     "torch": (),
+    "llguidance": ("grammar.py",),
     "typer": ("__main__.py",),
 }
 # These decide and describe, and run where no JAX is installed or before it is set up.
@@ -53,6 +55,7 @@ NO_JAX = (
     "__main__.py",
     "config/",
     "chat.py",
+    "grammar.py",
     "interrupt.py",
     "engine/request.py",
     "engine/pages.py",
