@@ -53,13 +53,18 @@ class Grammar:
         return GrammarMask(self.tokenizer, self.matcher.deep_copy(), place, stop_token_ids)
 
 
-@functools.lru_cache(maxsize=256)
 def compile_grammar(tokenizer: ChatTokenizer, constraint: Constraint) -> Grammar:
     """A constraint as a grammar over tokens; the last ones are remembered, for lines that share one.
 
     Raises:
         ValueError: It cannot be compiled; names the field and the reason.
     """
+    return _compiled(tokenizer, constraint.kind, constraint.text, constraint.field)
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(tokenizer: ChatTokenizer, kind: ConstraintKind, text: str, field: str) -> Grammar:
+    constraint = Constraint(kind=kind, text=text, field=field)
     if not tokenizer.eos_token_ids:
         raise ValueError(
             f"{constraint.field}: the tokenizer knows no end token, which an answer of a form has to end in"

@@ -276,14 +276,19 @@ def _unpack(words: jax.Array, part: _Part) -> jax.Array:
 
 def _likeliest(logits: jax.Array, count: int, part: _Part) -> tuple[jax.Array, jax.Array]:
     """The `count` greatest logits of each row with their tokens, `[n, count]`; of equal ones the lowest id is first."""
-    # The barrier keeps the compiler for CPUs from merging later slices into the top_k, which makes it a sort.
-    values, places = jax.lax.optimization_barrier(tuple(jax.lax.top_k(logits, min(count, part.width))))
+    values, places = _top(logits, min(count, part.width))
     if not part.axes:
         return values, places
     # The parts lie in the order of their ids, and top_k takes the first of equal ones.
     values, ids = part.gather(values), part.gather(places + part.start)
-    values, places = jax.lax.optimization_barrier(tuple(jax.lax.top_k(values, count)))
+    values, places = _top(values, count)
     return values, jnp.take_along_axis(ids, places, axis=-1)
+
+
+def _top(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """`jax.lax.top_k`, behind a barrier: the compiler for CPUs would merge later slices into it and make it a sort."""
+    values, places = jax.lax.top_k(x, count)
+    return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(places)
 
 
 def _draw(

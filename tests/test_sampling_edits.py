@@ -80,7 +80,7 @@ def test_draws_follow_the_edited_distribution(setting, candidates, rng):
 
 def test_edits_of_one_row_leave_the_others_alone(rng):
     logits = jnp.asarray(rng.standard_normal((2, 3, V)), jnp.float32)
-    best = np.asarray(logits.argmax(-1))
+    best = np.array(logits.argmax(-1))
     banned = np.full((2, 3, 1), -1, np.int32)
     banned[1, 2] = best[1, 2]
     tokens = np.asarray(
@@ -91,7 +91,7 @@ def test_edits_of_one_row_leave_the_others_alone(rng):
     np.testing.assert_array_equal(tokens, best)
 
 
-@pytest.mark.parametrize("size", [31, 32, 33, 100])
+@pytest.mark.parametrize("size", [32, 75])
 def test_every_bit_of_a_mask_is_its_token(size):
     only = jnp.asarray(pack_bits(np.eye(size, dtype=bool)))
     for temperature in (0.0, 1.0):

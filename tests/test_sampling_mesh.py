@@ -1,5 +1,6 @@
 """On a mesh each row draws the token that it draws on one device, and no device sees a whole row."""
 
+import functools
 import os
 import re
 
@@ -28,28 +29,29 @@ def edits_of(rng, shape, V):
     )
 
 
-@pytest.mark.parametrize("with_edits", [False, True], ids=["plain", "edited"])
-@pytest.mark.parametrize("V", [304, 257], ids=["divides", "does not divide"])
-@pytest.mark.parametrize("candidates", [16, 300])
-def test_a_mesh_draws_the_same_tokens(V, with_edits, candidates, rng):
-    """Eight parts of 38 tokens: no whole number of mask words, and fewer tokens than candidates."""
+@pytest.mark.parametrize(
+    ("V", "candidates", "with_edits", "mesh"),
+    [
+        (304, 16, True, MeshConfig(tensor=8)),
+        (304, 300, False, MeshConfig(data=2, tensor=4)),
+        (257, 16, True, MeshConfig(data=2, tensor=4)),
+    ],
+    ids=["parts that are no whole words of a mask", "parts smaller than the candidates", "a vocabulary not divided"],
+)
+def test_a_mesh_draws_the_same_tokens(V, candidates, with_edits, mesh, rng):
     shape = (2, 6)
     # Rounded, so that there are ties across the parts.
     logits = jnp.asarray(np.round(rng.standard_normal((*shape, V)) * 2, 1), jnp.float32)
     params, edits = mixed(rng, shape), edits_of(rng, shape, V) if with_edits else None
-    alone = sample(logits, params, num_top=5, edits=edits, candidates=candidates)
-    for mesh in (MeshConfig(data=2, tensor=4), MeshConfig(data=1, fsdp=1, tensor=8)):
-        layout = decode_layout(make_mesh(mesh))
-        placed = jax.device_put(logits, layout.sharding(("replica", None, "vocab"), logits.shape))
-        run = jax.jit(
-            lambda *a, layout=layout: sample(*a[:2], num_top=5, edits=a[2], layout=layout, candidates=candidates)
-        )
-        drawn = run(placed, params, edits)
-        np.testing.assert_array_equal(drawn.tokens, alone.tokens)
-        np.testing.assert_array_equal(drawn.top_ids, alone.top_ids)
-        # The sum over the vocabulary has another order.
-        np.testing.assert_allclose(drawn.logprobs, alone.logprobs, atol=2e-6)
-        np.testing.assert_allclose(drawn.top_logprobs, alone.top_logprobs, atol=2e-6)
+    layout = decode_layout(make_mesh(mesh))
+    placed = jax.device_put(logits, layout.sharding(("replica", None, "vocab"), logits.shape))
+    run = jax.jit(functools.partial(sample, num_top=5, candidates=candidates), static_argnames="layout")
+    alone, drawn = run(logits, params, edits=edits), run(placed, params, edits=edits, layout=layout)
+    np.testing.assert_array_equal(drawn.tokens, alone.tokens)
+    np.testing.assert_array_equal(drawn.top_ids, alone.top_ids)
+    # The sum over the vocabulary has another order.
+    np.testing.assert_allclose(drawn.logprobs, alone.logprobs, atol=2e-6)
+    np.testing.assert_allclose(drawn.top_logprobs, alone.top_logprobs, atol=2e-6)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ class ConstraintKind(StrEnum):
     GRAMMAR = "grammar"
 
 
-class Constraint(Frozen, frozen=True):
+class Constraint(Frozen):
     """A language that the whole answer, thoughts left out, belongs to.
 
     Attributes:
