@@ -16,19 +16,36 @@ PROMPT, GENERATED = [1, 1, 4, 7], [2, 4, 2, 2, 9]
 run = jax.jit(sample, static_argnames=("num_top", "candidates"))
 
 
-def penalties(rows, presence=0.0, frequency=0.0, repetition=1.0):
-    full = lambda value: jnp.full((rows,), value, jnp.float32)  # noqa: E731
-    many = lambda ids: jnp.broadcast_to(jnp.asarray([*ids, -1], jnp.int32), (rows, len(ids) + 1))  # noqa: E731
-    prompted = count_tokens(many(PROMPT), V) > 0
-    return Penalties(full(presence), full(frequency), full(repetition), count_tokens(many(GENERATED), V), prompted)
+def edits_of(*, presence=0.0, frequency=0.0, repetition=1.0, bias=(), banned=(), allowed=None):
+    """The same edits for all rows; of one shape, so that they share a program."""
+    full = lambda value: jnp.full((DRAWS,), value, jnp.float32)  # noqa: E731
+    many = lambda ids: jnp.tile(jnp.asarray([[*ids, *[-1] * (V - len(ids))]], jnp.int32), (DRAWS, 1))  # noqa: E731
+    values = jnp.tile(jnp.asarray([[value for _, value in bias] + [50.0] * (V - len(bias))], jnp.float32), (DRAWS, 1))
+    return LogitEdits(
+        Penalties(
+            full(presence),
+            full(frequency),
+            full(repetition),
+            count_tokens(many(GENERATED), V),
+            count_tokens(many(PROMPT), V) > 0,
+        ),
+        Bias(many([token for token, _ in bias]), values),
+        many(banned),
+        jnp.tile(pack_bits(np.ones(V, bool) if allowed is None else allowed)[None], (DRAWS, 1)),
+    )
 
 
-def edited(logits, edits):
-    """The logits that the sampler draws from, found out: greedy, one token banned after the other."""
-    row, ids = jnp.asarray(logits)[None], []
+def drawn(logits, edits, candidates=4, **setting):
+    return run(
+        jnp.broadcast_to(logits, (DRAWS, V)), arrays(DRAWS, **setting), edits=edits, candidates=candidates, num_top=2
+    )
+
+
+def order_of(logits, **penalties):
+    """All tokens, most likely first after the edits: greedy, one after the other banned."""
+    ids = []
     for _ in range(V):
-        banned = jnp.asarray([[*ids, *[-1] * (V - len(ids))]], jnp.int32)
-        ids.append(int(run(row, arrays(1, temperature=0.0), edits=edits._replace(banned=banned)).tokens[0]))
+        ids.append(int(drawn(logits, edits_of(banned=ids, **penalties), temperature=0.0).tokens[0]))
     return ids
 
 
@@ -38,16 +55,13 @@ def openai(logits, presence, frequency):
     return logits - counts * frequency - (counts > 0) * presence
 
 
-def test_repetition_penalty_is_that_of_transformers(rng):
+@pytest.mark.parametrize("penalty", [1.4, 0.6])
+def test_repetition_penalty_is_that_of_transformers(penalty, rng):
     logits = rng.standard_normal(V).astype(np.float32) * 3
-    for penalty in (1.4, 0.6):
-        processor = transformers.RepetitionPenaltyLogitsProcessor(penalty)
-        expected = processor(torch.tensor([PROMPT + GENERATED]), torch.tensor(logits[None]))[0].numpy()
-        assert edited(logits, LogitEdits(penalties(1, repetition=penalty))) == list(np.argsort(-expected))
-        tokens = run(
-            jnp.broadcast_to(logits, (DRAWS, V)), arrays(DRAWS), edits=LogitEdits(penalties(DRAWS, repetition=penalty))
-        ).tokens
-        check_distribution(tokens, exact(expected))
+    processor = transformers.RepetitionPenaltyLogitsProcessor(penalty)
+    expected = processor(torch.tensor([PROMPT + GENERATED]), torch.tensor(logits[None]))[0].numpy()
+    assert order_of(logits, repetition=penalty) == list(np.argsort(-expected))
+    check_distribution(drawn(logits, edits_of(repetition=penalty)).tokens, exact(expected))
 
 
 @pytest.mark.parametrize("candidates", [128, 4], ids=["candidates", "whole rows"])
@@ -57,11 +71,8 @@ def test_draws_follow_the_edited_distribution(setting, candidates, rng):
     logits = rng.standard_normal(V).astype(np.float32) * 1.5
     allowed = np.ones(V, bool)
     allowed[[0, 12]] = False
-    edits = LogitEdits(
-        penalties(DRAWS, presence=0.4, frequency=-0.2, repetition=1.2),
-        Bias(jnp.tile(jnp.asarray([[3, 9, -1]]), (DRAWS, 1)), jnp.tile(jnp.asarray([[1.5, -0.7, 50.0]]), (DRAWS, 1))),
-        jnp.tile(jnp.asarray([[5, -1]]), (DRAWS, 1)),
-        jnp.tile(pack_bits(allowed)[None], (DRAWS, 1)),
+    edits = edits_of(
+        presence=0.4, frequency=-0.2, repetition=1.2, bias=[(3, 1.5), (9, -0.7)], banned=[5], allowed=allowed
     )
     processor = transformers.RepetitionPenaltyLogitsProcessor(1.2)
     expected = processor(torch.tensor([PROMPT + GENERATED]), torch.tensor(logits[None]))[0].numpy()
@@ -69,9 +80,7 @@ def test_draws_follow_the_edited_distribution(setting, candidates, rng):
     expected[3] += 1.5
     expected[9] -= 0.7
     expected[[0, 5, 12]] = -np.inf
-    out = run(
-        jnp.broadcast_to(logits, (DRAWS, V)), arrays(DRAWS, **setting), edits=edits, candidates=candidates, num_top=2
-    )
+    out = drawn(logits, edits, candidates, **setting)
     check_distribution(out.tokens, exact(expected, **setting))
     plain = np.asarray(jax.nn.log_softmax(logits))
     np.testing.assert_allclose(out.logprobs, plain[np.asarray(out.tokens)], rtol=1e-5)
@@ -79,20 +88,16 @@ def test_draws_follow_the_edited_distribution(setting, candidates, rng):
 
 
 def test_edits_of_one_row_leave_the_others_alone(rng):
-    logits = jnp.asarray(rng.standard_normal((2, 3, V)), jnp.float32)
-    best = np.array(logits.argmax(-1))
-    banned = np.full((2, 3, 1), -1, np.int32)
-    banned[1, 2] = best[1, 2]
-    tokens = np.asarray(
-        run(logits, arrays((2, 3), temperature=0.0), edits=LogitEdits(banned=jnp.asarray(banned))).tokens
-    )
-    assert tokens[1, 2] != best[1, 2]
-    best[1, 2] = tokens[1, 2]
-    np.testing.assert_array_equal(tokens, best)
+    logits = rng.standard_normal(V).astype(np.float32)
+    edits, best = edits_of(), int(logits.argmax())
+    assert edits.banned is not None
+    edits = edits._replace(banned=edits.banned.at[7, 3].set(best))
+    tokens = np.asarray(drawn(logits, edits, temperature=0.0).tokens)
+    assert np.flatnonzero(tokens != best).tolist() == [7]
 
 
-@pytest.mark.parametrize("size", [32, 75])
-def test_every_bit_of_a_mask_is_its_token(size):
+def test_every_bit_of_a_mask_is_its_token():
+    size = 75
     only = jnp.asarray(pack_bits(np.eye(size, dtype=bool)))
     for temperature in (0.0, 1.0):
         params = arrays(size, temperature=temperature)
@@ -100,12 +105,11 @@ def test_every_bit_of_a_mask_is_its_token(size):
         np.testing.assert_array_equal(tokens, np.arange(size))
 
 
-def test_a_row_that_nothing_is_left_of_is_token_0():
-    nothing = LogitEdits(allowed=jnp.zeros((2, 1), jnp.uint32))
-    for setting in ({"temperature": 0.0}, {}, {"top_p": 0.5}, {"top_k": 2}):
-        for candidates in (2, 128):
-            tokens = run(jnp.zeros((2, V)), arrays(2, **setting), edits=nothing, candidates=candidates).tokens
-            np.testing.assert_array_equal(tokens, 0)
+@pytest.mark.parametrize("candidates", [128, 4])
+def test_a_row_that_nothing_is_left_of_is_token_0(candidates):
+    nothing = edits_of(allowed=np.zeros(V, bool))
+    for setting in ({"temperature": 0.0}, {}, {"top_p": 0.5}, {"top_k": 2}, {"top_k": 9}):
+        np.testing.assert_array_equal(drawn(np.zeros(V, np.float32), nothing, candidates, **setting).tokens, 0)
 
 
 def test_counts():
