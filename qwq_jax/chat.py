@@ -22,6 +22,7 @@ from tokenizers import AddedToken, Tokenizer
 ROLES = ("system", "user", "assistant", "tool")
 THINK_OPEN = "<think>"
 THINK_CLOSE = "</think>"
+_THINKING_SWITCH = "enable_thinking"
 # The names that thoughts are passed under; templates read the first.
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 # What the code of a template may end in.
@@ -41,7 +42,7 @@ _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 Message = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChatTokenizer:
     """A byte-level BPE tokenizer and the chat template that belongs to it.
 
@@ -105,23 +106,32 @@ class ChatTokenizer:
         """A decoder for tokens that arrive one by one."""
         return IncrementalDetokenizer(self._token_bytes, skip=self._skipped if skip_special_tokens else frozenset())
 
-    def apply_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+    def apply_template(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, *, enable_thinking: bool | None = None
+    ) -> list[int]:
         """Ids of a conversation, equal to transformers' ``apply_chat_template``."""
-        return self.encode(self.render(messages, add_generation_prompt))
+        return self.encode(self.render(messages, add_generation_prompt, enable_thinking=enable_thinking))
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The conversation as the template writes it."""
-        return self._render(
-            [checked_message(message, index) for index, message in enumerate(_listed(messages))], add_generation_prompt
-        )
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, *, enable_thinking: bool | None = None
+    ) -> str:
+        """The conversation as the template writes it; a template without the switch does not see `enable_thinking`."""
+        checked = [checked_message(message, index) for index, message in enumerate(_listed(messages))]
+        switch = {} if enable_thinking is None else {_THINKING_SWITCH: enable_thinking}
+        return self._render(checked, add_generation_prompt, switch)
+
+    @property
+    def switches_thinking(self) -> bool:
+        """Whether the template can be told to have the model think or not."""
+        return self.template is not None and _THINKING_SWITCH in self.template
 
     @functools.cached_property
     def generation_prompt_opens_thinking(self) -> bool:
         """Whether the prompt itself ends in ``<think>``, so that a completion begins inside the thoughts."""
         messages = [{"role": "user", "content": "?"}]
-        return self._render(messages, True).rstrip().endswith(THINK_OPEN)
+        return self._render(messages, True, {}).rstrip().endswith(THINK_OPEN)
 
-    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool, switch: dict[str, bool]) -> str:
         if self.template is None:
             raise ValueError(f"{self.directory}: this tokenizer has no chat template; give a prompt or token ids")
         try:
@@ -131,6 +141,7 @@ class ChatTokenizer:
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
+                **switch,
             )
         except _TEMPLATE_ERRORS as error:
             reason = str(error) or type(error).__name__

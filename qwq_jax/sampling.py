@@ -316,6 +316,8 @@ def _draw(
         return tokens.at[rows].set(jnp.where(waiting[rows], drawn, tokens[rows]))
 
     turns = part.most((jnp.sum(waiting, dtype=jnp.int32) + step - 1) // step)
+    if step == order.shape[0]:  # a loop whose turns are all alike would be computed before it, whether it turns or not
+        return jax.lax.cond(turns > 0, lambda: some(jnp.zeros_like(turns), tokens), lambda: tokens)
     return jax.lax.fori_loop(0, turns, some, tokens)
 
 

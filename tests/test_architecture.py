@@ -23,6 +23,7 @@ LAYERS = {
     "kernels": 1,
     "logprobs": 1,
     "sampling": 2,
+    "grammar": 2,
     "model": 2,
     "checkpoint": 3,
     "engine": 3,
@@ -46,6 +47,7 @@ WALLS = {
     "optax": ("train/", "rl/"),
     "transformers": (),
     "torch": (),
+    "llguidance": ("grammar.py",),
     "typer": ("__main__.py",),
     "prometheus_client": ("serve/metrics.py",),
 }
@@ -55,6 +57,7 @@ NO_JAX = (
     "__main__.py",
     "config/",
     "chat.py",
+    "grammar.py",
     "interrupt.py",
     "engine/request.py",
     "engine/pages.py",

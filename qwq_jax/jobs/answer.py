@@ -4,23 +4,105 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from qwq_jax.chat import THINK_CLOSE, THINK_OPEN, ChatTokenizer, IncrementalDetokenizer, split_thinking
+from qwq_jax.chat import THINK_CLOSE, THINK_OPEN, ChatTokenizer, IncrementalDetokenizer, Message, split_thinking
 from qwq_jax.config.sampling import SamplingParams
-from qwq_jax.engine.request import Completion, Hooks, Request, TokenLogprob
+from qwq_jax.engine.request import Completion, Hooks, Request, ThinkingTokens, TokenLogprob
+from qwq_jax.grammar import Place, compile_grammar
 from qwq_jax.jobs.batch_file import Choice, PromptLine
 
 # More than enough tokens to hold "<think>" and the line breaks after it.
 _TAIL = 16
 
+# What is put in when thoughts have to end, and what makes them go on. The model reads both as its own words.
+_CLOSING = f"\n\nTime is up: I give my answer from what I have.\n{THINK_CLOSE}\n\n"
+_CONTINUATION = "\nWait"
+# Thoughts that end before they begin.
+_NO_THOUGHTS = f"\n{THINK_CLOSE}\n\n"
+
+
+def request_of(line: PromptLine, tokenizer: ChatTokenizer) -> Request:
+    """A line as the engine takes it.
+
+    Raises:
+        ValueError: Its messages cannot be rendered, or it asks for what this tokenizer does not have.
+    """
+    return request_from_ids(line.custom_id, line.params, prompt_ids(line, tokenizer), tokenizer)
+
+
+def request_from_ids(
+    request_id: str, params: SamplingParams, prompt: Sequence[int], tokenizer: ChatTokenizer
+) -> Request:
+    """A prompt as the engine takes it; `chat_prompt` and `text_prompt` make the prompt.
+
+    Raises:
+        ValueError: The parameters ask for what this tokenizer does not have.
+    """
+    params = with_special_stops(params, tokenizer)
+    if params.constraint is not None:
+        compile_grammar(tokenizer, params.constraint)  # what is wrong with it is said now, not when its turn comes
+    thinking = _thinking_tokens(params, prompt, tokenizer) if params.bounds_thinking else None
+    return Request(request_id, tuple(prompt), params, thinking)
+
 
 def prompt_ids(line: PromptLine, tokenizer: ChatTokenizer) -> tuple[int, ...]:
     """The prompt of a line as token ids; ValueError if the messages cannot be rendered."""
     if line.messages is not None:
-        return tuple(tokenizer.apply_template(line.messages))
+        return chat_prompt(line.messages, line.params.enable_thinking, tokenizer)
     if line.prompt is not None:
-        return tuple(tokenizer.encode(line.prompt))
+        return text_prompt(tokenizer.encode(line.prompt), line.params.enable_thinking, tokenizer)
     assert line.prompt_token_ids is not None, "a line has one of three prompts"
-    return line.prompt_token_ids
+    return text_prompt(line.prompt_token_ids, line.params.enable_thinking, tokenizer)
+
+
+def chat_prompt(messages: Sequence[Message], enable_thinking: bool | None, tokenizer: ChatTokenizer) -> tuple[int, ...]:
+    """The prompt of a conversation as token ids.
+
+    Raises:
+        ValueError: The messages cannot be rendered, or whether the model thinks cannot be chosen.
+    """
+    prompt = tuple(tokenizer.apply_template(messages, enable_thinking=enable_thinking))
+    return prompt if tokenizer.switches_thinking else text_prompt(prompt, enable_thinking, tokenizer)
+
+
+def text_prompt(prompt: Sequence[int], enable_thinking: bool | None, tokenizer: ChatTokenizer) -> tuple[int, ...]:
+    """A prompt that no template can be asked about: thoughts that it opens are closed at once if they are not wanted.
+
+    Raises:
+        ValueError: It opens none, so that whether the model thinks cannot be chosen.
+    """
+    if enable_thinking is None:
+        return tuple(prompt)
+    if not prompt_opens_thinking(prompt, tokenizer):
+        raise ValueError(
+            f"enable_thinking: {str(enable_thinking).lower()} cannot be had: the chat template has no such switch, "
+            f"or is not used, and the prompt does not end in {THINK_OPEN}"
+        )
+    if enable_thinking:
+        return tuple(prompt)
+    ended = tokenizer.decode(prompt[-_TAIL:]).endswith("\n")
+    return (*prompt, *tokenizer.encode(_NO_THOUGHTS if ended else "\n" + _NO_THOUGHTS))
+
+
+def _thinking_tokens(params: SamplingParams, prompt: Sequence[int], tokenizer: ChatTokenizer) -> ThinkingTokens:
+    field = "min_thinking_tokens" if params.max_thinking_tokens is None else "max_thinking_tokens"
+    close = tokenizer.encode(THINK_CLOSE)
+    if len(close) != 1:
+        raise ValueError(f"{field}: the tokenizer has no token {THINK_CLOSE}, so that thoughts cannot be bounded")
+    if _place(params, prompt, tokenizer) is Place.ANSWER:
+        raise ValueError(f"{field}: the prompt does not end in {THINK_OPEN}, so that there are no thoughts to bound")
+    return ThinkingTokens(close[0], tuple(tokenizer.encode(_CLOSING)), tuple(tokenizer.encode(_CONTINUATION)))
+
+
+def _place(params: SamplingParams, prompt: Sequence[int], tokenizer: ChatTokenizer) -> Place:
+    """Where the completion of a prompt begins.
+
+    A prompt may leave it to the model to open its thoughts; models whose template can switch them off do so.
+    """
+    if prompt_opens_thinking(prompt, tokenizer):
+        return Place.THOUGHTS
+    closed = tokenizer.decode(prompt[-_TAIL:]).rstrip().endswith(THINK_CLOSE)
+    may_think = tokenizer.switches_thinking and params.enable_thinking is not False and not closed
+    return Place.START if may_think else Place.ANSWER
 
 
 def with_special_stops(params: SamplingParams, tokenizer: ChatTokenizer) -> SamplingParams:
@@ -57,9 +139,14 @@ class StopStrings:
 
 
 def hooks_of(tokenizer: ChatTokenizer, request: Request) -> Hooks:
-    """What watches the text of one sample of a request."""
-    stop = request.params.stop
-    return Hooks(StopStrings(tokenizer.detokenizer(), stop) if stop else None)
+    """What watches one sample of a request: its text for stop strings, its answer for the form it has to have."""
+    params = request.params
+    stop = StopStrings(tokenizer.detokenizer(), params.stop) if params.stop else None
+    if params.constraint is None:
+        return Hooks(stop)
+    grammar = compile_grammar(tokenizer, params.constraint)
+    place = _place(params, request.prompt_token_ids, tokenizer)
+    return Hooks(stop, grammar.mask(place, params.stop_token_ids))
 
 
 def choice_of(completion: Completion, request: Request, tokenizer: ChatTokenizer) -> Choice:

@@ -1,5 +1,6 @@
 """`qwq-jax chat`: talk to a model in the terminal, its thinking dimmed, tokens shown as they come."""
 
+import functools
 import sys
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
@@ -15,9 +16,9 @@ from qwq_jax.config.inference import CHAT_SAMPLING
 from qwq_jax.config.mesh import MeshConfig
 from qwq_jax.config.sampling import SamplingParams
 from qwq_jax.engine.engine import Engine
-from qwq_jax.engine.request import NewToken, Request
+from qwq_jax.engine.request import NewToken
 from qwq_jax.interrupt import StopRequested
-from qwq_jax.jobs.answer import prompt_opens_thinking
+from qwq_jax.jobs.answer import chat_prompt, hooks_of, prompt_opens_thinking, request_from_ids
 
 HELP = "/reset forgets the conversation, /exit or the end of the input leaves, Ctrl-C stops an answer"
 
@@ -44,8 +45,11 @@ def chat(
     Raises:
         ValueError: The checkpoint cannot be used, or sampling asks for what a terminal does not show.
     """
-    if sampling.n != 1 or sampling.logprobs or sampling.stop:
-        raise ValueError("sampling.n, sampling.logprobs and sampling.stop have no meaning in a chat: leave them out")
+    if sampling.n != 1 or sampling.logprobs or sampling.stop or sampling.prompt_logprobs is not None:
+        raise ValueError(
+            "sampling.n, sampling.logprobs, sampling.prompt_logprobs and sampling.stop have no meaning in a chat: "
+            "leave them out"
+        )
     messages = source if source is not None else sys.stdin
     console = console or Console(highlight=False, soft_wrap=True)
     tokenizer = ChatTokenizer.from_directory(open_checkpoint(checkpoint).tokenizer_dir)
@@ -88,12 +92,12 @@ class Conversation:
         cannot be answered is a ValueError, and is not remembered.
         """
         asked = [*self.messages, {"role": "user", "content": message}]
-        prompt = tuple(self.tokenizer.apply_template(asked))
+        prompt = chat_prompt(asked, self.sampling.enable_thinking, self.tokenizer)
         self._count += 1
-        request = Request(f"chat-{self._count}", prompt, self.sampling)
+        request = request_from_ids(f"chat-{self._count}", self.sampling, prompt, self.tokenizer)
         self.engine.check(request)
         content = ""
-        tokens = self.engine.stream(request)
+        tokens = self.engine.stream(request, functools.partial(hooks_of, self.tokenizer))
         try:
             for is_thinking, text in _pieces(tokens, self.tokenizer, prompt_opens_thinking(prompt, self.tokenizer)):
                 content += "" if is_thinking else text

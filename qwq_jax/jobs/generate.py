@@ -19,7 +19,7 @@ from qwq_jax.config.sampling import SamplingParams
 from qwq_jax.engine.engine import Engine
 from qwq_jax.engine.request import Completion, Request
 from qwq_jax.interrupt import StopRequested
-from qwq_jax.jobs.answer import choice_of, hooks_of, prompt_ids, with_special_stops
+from qwq_jax.jobs.answer import choice_of, hooks_of, request_of
 from qwq_jax.jobs.batch_file import BadLine, Choice, PromptLine, count_lines, error_line, read_batch, result_line
 from qwq_jax.jobs.progress import BatchProgress
 from qwq_jax.jobs.result_file import file_fingerprint
@@ -151,8 +151,7 @@ class _Batch:
                 continue
             if isinstance(line, PromptLine):
                 try:
-                    params = with_special_stops(line.params, self.tokenizer)
-                    request = Request(line.custom_id, prompt_ids(line, self.tokenizer), params)
+                    request = request_of(line, self.tokenizer)
                     self.engine.check(request)
                 except ValueError as error:
                     line = BadLine(line.number, line.custom_id, f"line {line.number}: {error}")

@@ -10,6 +10,7 @@ from qwq_jax.config.engine import EngineConfig
 from qwq_jax.config.mesh import MeshConfig
 from qwq_jax.config.sampling import SamplingParams
 from qwq_jax.engine.engine import Engine
+from qwq_jax.engine.request import Request
 from qwq_jax.engine.step import StepPlan, StepResult
 from qwq_jax.jobs import chat as job
 from qwq_jax.jobs.chat import Conversation
@@ -111,7 +112,7 @@ def test_piped_messages_are_answered_in_turn(checkpoint: str) -> None:
     )
     tokenizer = ChatTokenizer.from_directory(checkpoint)
     engine = Engine.from_checkpoint(checkpoint, mesh=MeshConfig(), config=ENGINE)
-    request = job.Request("r", tuple(tokenizer.apply_template([{"role": "user", "content": "hello"}])), GREEDY)
+    request = Request("r", tuple(tokenizer.apply_template([{"role": "user", "content": "hello"}])), GREEDY)
     (completion,) = engine.generate([request])
     reasoning, content = split_thinking(tokenizer.decode(completion.token_ids), opened=True)
     assert reasoning is not None and not content
