@@ -6,8 +6,8 @@
 A random model of the shape of SmolLM2-135M in the Qwen2 architecture, float32, on the CPU. Prompts are ragged and
 completions of log-normal lengths. A static batch of transformers runs until the longest of its rows ends, and only
 wanted tokens count; transformers' continuous batching takes each request's own length. Repetitions are interleaved,
-because machines are noisy; what is compared is each one's best. Exits with 1 if greedy tokens differ by more than a near
-tie. On a busy machine torch's threads wait for each other at every operation: give it `--threads 1` there as well.
+because machines are noisy; what is compared is each one's best. Exits with 1 if greedy tokens differ beyond ties.
+On a busy machine torch's threads wait for each other at every operation: give it `--threads 1` there as well.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from qwq_jax.engine.request import Request
 from qwq_jax.jobs.convert import convert
 from qwq_jax.runtime import start
 
+PROMPT = 512
 MEDIAN_LENGTH, SIGMA, LONGEST = 64, 0.8, 512
 CONTEXT = 1024
 CHECKED = 4
@@ -111,10 +112,12 @@ def make_source(folder: Path, config: ModelConfig, seed: int = 0) -> None:
     (folder / "config.json").write_text(json.dumps(config.to_huggingface("float32")))
 
 
-def make_workload(requests: int, vocab_size: int, longest: int = LONGEST, seed: int = 0) -> Workload:
-    """Prompts of 16 to 512 tokens, uniform; lengths log-normal and capped."""
+def make_workload(
+    requests: int, vocab_size: int, *, prompt: int = PROMPT, longest: int = LONGEST, seed: int = 0
+) -> Workload:
+    """Prompts of 16 tokens to this many, uniform; lengths log-normal and capped."""
     rng = np.random.default_rng(seed)
-    sizes = rng.integers(16, 513, requests)
+    sizes = rng.integers(16, prompt + 1, requests)
     lengths = np.clip(rng.lognormal(np.log(MEDIAN_LENGTH), SIGMA, requests).astype(int), 1, longest)
     return Workload([rng.integers(1, vocab_size, size).tolist() for size in sizes], lengths.tolist())
 
@@ -261,7 +264,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[Runner], li
     config = config_of(options.layers, options.tiny)
     make_source(folder / "source", config)
     convert(str(folder / "source"), str(folder / "checkpoint"))
-    work = make_workload(options.requests, config.vocab_size, options.longest)
+    work = make_workload(options.requests, config.vocab_size, prompt=options.prompt, longest=options.longest)
     model = load_peer(folder / "source")
     engine = Engine.from_checkpoint(str(folder / "checkpoint"), config=engine_config(options.rows))
     wrong = disagreements(model, work, serve(engine, work))
@@ -282,7 +285,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[Runner], li
     notes += [f"transformers' continuous batching does not run here: {refused}"] if refused else []
     take_turns(runners, options.repetitions)
     small = Engine.from_checkpoint(str(folder / "checkpoint"), config=engine_config(1))
-    notes.append(single_stream(small, model, config.vocab_size, options.stream))
+    notes.append(single_stream(small, model, config.vocab_size, (min(128, options.prompt), options.stream)))
     if not options.no_start:
         seconds = seconds_to_first_token(str(folder / "checkpoint"))
         late = "" if seconds < START_TARGET else f" (target: {START_TARGET:.0f})"
@@ -313,13 +316,14 @@ def take_turns(runners: list[Runner], repetitions: int) -> None:
             print(f"turn {turn} {runner.name}: {runner.tokens / runner.seconds[-1]:.1f} tokens/s", flush=True)
 
 
-def single_stream(engine: Engine, model: Any, vocab_size: int, length: int) -> str:
-    """Decoding alone, in turns, best of three after one to warm up."""
-    prompt = np.random.default_rng(1).integers(1, vocab_size, 128).tolist()
+def single_stream(engine: Engine, model: Any, vocab_size: int, sizes: tuple[int, int]) -> str:
+    """Decoding alone, in turns, best of three after one to warm up; `sizes` of the prompt and the completion."""
+    width, length = sizes
+    prompt = np.random.default_rng(1).integers(1, vocab_size, width).tolist()
     pairs = [(our_decode_rate(engine, prompt, length), their_decode_rate(model, prompt, length)) for _ in range(4)]
     ours, theirs = (max(rates) for rates in zip(*pairs[1:], strict=True))
     return (
-        f"single stream, decoding alone after a prompt of 128: qwq_jax {ours:.1f} tokens/s, transformers "
+        f"single stream, decoding alone after a prompt of {width}: qwq_jax {ours:.1f} tokens/s, transformers "
         f"{theirs:.1f}: {ours / theirs:.2f} times"
     )
 
@@ -342,7 +346,7 @@ def report(options: argparse.Namespace, runners: list[Runner], notes: list[str],
         "    python -m tools.bench_engine --write docs/benchmarks/engine.md",
         "",
         f"A random Qwen2 model of the shape of SmolLM2-135M ({options.layers} layers, float32), {options.requests} "
-        "requests with prompts of 16 to 512 tokens",
+        f"requests with prompts of 16 to {options.prompt} tokens",
         f"and log-normal completions (median {MEDIAN_LENGTH}, sigma {SIGMA}, at most {options.longest}), greedy, "
         f"{os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads, transformers "
         f"{transformers.__version__},",
@@ -378,12 +382,13 @@ def main() -> None:
         options.write.write_text(text)
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="narrow model, for tests")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=PROMPT, help="longest prompt")
     parser.add_argument("--longest", type=int, default=LONGEST, help="cap of the completions")
     parser.add_argument("--rows", type=int, default=32, help="max_sequences of the engine")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16, 32, 64])

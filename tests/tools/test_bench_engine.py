@@ -1,8 +1,13 @@
 """The benchmark of the engine runs, tells what it measured, and notices tokens that transformers would not choose."""
 
+import pytest
+import torch
+
 from tools.bench_engine import Runner, Workload, disagreements, load_peer, make_workload, measure, parse, report
 
-TINY = "--tiny --layers 1 --requests 3 --rows 2 --batches 2 --longest 6 --stream 4 --repetitions 1 --no-start".split()
+TINY = (
+    "--tiny --layers 1 --requests 3 --rows 2 --batches 2 --prompt 40 --longest 6 --stream 4 --repetitions 1 --no-start"
+).split()
 
 
 def test_workload_is_seeded_ragged_and_capped():
@@ -20,6 +25,16 @@ def test_report_compares_the_best_with_the_best_peer():
     assert "| a | 25.0 | 22.2 | 4.00 |" in text and "- a note" in text
 
 
+@pytest.fixture
+def one_thread():
+    """Torch's threads would wait for each other when tests run side by side."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_a_tiny_run_measures_all_and_a_wrong_token_is_told(tmp_path):
     runners, notes = measure(parse(TINY), tmp_path)
     assert [runner.name for runner in runners][:3] == [
