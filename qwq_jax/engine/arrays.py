@@ -123,10 +123,10 @@ class StepBuilder:
         for replica, slot, work in schedule.placed:
             self._keep(work.sequence)
             source[replica, D + slot] = work.sequence.row
-        arrays["page_table"] = np.take_along_axis(self._tables[:, :, : program.table_width], source[:, :, None], axis=1)
+        replicas = np.arange(self._shape.replicas)[:, None]
+        arrays["page_table"] = self._tables[:, :, : program.table_width][replicas, source]
         for name, kept in self._kept.items():
-            kept = kept[:, :, : program.stop_ids] if name == "stop_ids" else kept
-            arrays[name] = np.take_along_axis(kept, source.reshape(*source.shape, *(1,) * (kept.ndim - 2)), axis=1)
+            arrays[name] = (kept[:, :, : program.stop_ids] if name == "stop_ids" else kept)[replicas, source]
         if program.history:
             arrays["repetition"][:] = 1
         if program.mask:
@@ -266,8 +266,13 @@ def _fill_edits(arrays: Mapping[str, np.ndarray], program: Program, replica: int
 
 def _scores(work: Work) -> bool:
     """Whether this work is a chunk of tokens whose log-probabilities are wanted: of the prompt, or put in."""
-    stop = min(work.start + work.length + 1, len(work.sequence.tokens))
-    return any(work.sequence.wants_score(position) for position in range(work.start + 1, stop))
+    sequence, first = work.sequence, work.start + 1
+    if sequence.prompt_logprobs is None:
+        if not sequence.request.params.logprobs:
+            return False
+        first = max(first, len(sequence.request.prompt_token_ids))  # a chunk may be thousands of tokens
+    stop = min(work.start + work.length + 1, len(sequence.tokens))
+    return any(sequence.wants_score(position) for position in range(first, stop))
 
 
 def _floor(sequence: Sequence) -> int:

@@ -5,7 +5,7 @@ the token that was drawn for it.  What runs the step is a `Runner`; on devices t
 """
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from qwq_jax.engine.request import (
     TokenLogprob,
     sample_seed,
 )
-from qwq_jax.engine.runner import DeviceRunner
+from qwq_jax.engine.runner import DeviceRunner, usual_programs
 from qwq_jax.engine.scheduler import Scheduler
 from qwq_jax.engine.step import Draws, Runner, Schedule, StepPlan, StepResult, Work
 from qwq_jax.engine.thoughts import Thoughts
@@ -111,6 +111,20 @@ class Engine:
     def scheduler(self) -> Scheduler:
         """For those who watch rows and pages."""
         return self._scheduler
+
+    def warm_up(self, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
+        """Compile what requests without rarer wishes need, so that none of them has to wait for it.
+
+        Args:
+            progress: Told how many programs are ready, of how many; at first that none is.
+
+        Returns:
+            How many programs.
+        """
+        programs = usual_programs(self._shape)
+        progress(0, len(programs))
+        self.runner.warm_up(programs, lambda done: progress(done, len(programs)))
+        return len(programs)
 
     def check(self, request: Request) -> None:
         """Raise ValueError if this request can never be served."""

@@ -129,9 +129,10 @@ class Scheduler:
             sequence.registered = full
 
     def _grow(self, replica: _Replica) -> bool:
-        """Give each decoding sequence the page its next token needs, the oldest first."""
+        """Give each sequence the pages of its tokens and of the next one, the oldest first."""
         for sequence in tuple(replica.running):
-            if sequence.replica is None or sequence.horizon <= 0:
+            # Tokens that were put in have to be computed, even where none may be drawn before the host has looked.
+            if sequence.replica is None or (sequence.pending == 1 and sequence.horizon <= 0):
                 continue
             while len(sequence.pages) < pages_for(sequence.length, self._shape.page_size):
                 if replica.pool.free:

@@ -75,6 +75,14 @@ def test_thoughts_are_closed_and_continued_at_their_bounds(bounds: dict[str, int
     assert forced, "no bound was reached"
 
 
+def test_tokens_put_in_get_pages_where_no_more_may_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt fills its pages, and what is put in goes beyond the bound up to which tokens are drawn."""
+    monkeypatch.setattr("tests.engine.test_engine.next_token", lambda prefix, seed: MARKS.close)
+    plain = make_request("r", 8, max_tokens=6, min_thinking_tokens=1, max_thinking_tokens=1)
+    completion = run(replace(plain, thinking=MARKS), shape_of(replicas=1))
+    assert completion.token_ids == (*MARKS.continuation, *[MARKS.close] * 4) and completion.forced == (0, 1)
+
+
 def test_bounds_that_cannot_be_kept_are_refused() -> None:
     engine = engine_of(shape_of())
     params = SamplingParams(max_tokens=12, max_thinking_tokens=9)

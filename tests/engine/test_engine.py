@@ -4,7 +4,7 @@ Wrong page tables, positions, lengths or sample indices change the hash, and wit
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from qwq_jax.engine.arrays import pack
 from qwq_jax.engine.engine import Engine
 from qwq_jax.engine.pages import PagePool, pages_for
 from qwq_jax.engine.request import Completion, FinishReason, Hooks, Request, sample_seed
-from qwq_jax.engine.step import MAX_TOP_LOGPROBS, Draws, EngineShape, StepPlan, StepResult
+from qwq_jax.engine.step import MAX_TOP_LOGPROBS, Draws, EngineShape, Program, StepPlan, StepResult
 
 VOCAB = 97
 EOS = 96
@@ -37,6 +37,10 @@ class HashRunner:
         self._memory = np.full((shape.replicas, shape.num_pages, shape.page_size, 2), -1, np.int64)
         self._token = np.zeros((shape.replicas, shape.max_sequences), np.int64)
         self._alive = np.zeros((shape.replicas, shape.max_sequences), bool)
+
+    def warm_up(self, programs: Iterable[Program], progress: Callable[[int], None]) -> None:
+        for done, _ in enumerate(programs, start=1):
+            progress(done)
 
     def submit(self, plan: StepPlan) -> StepResult:
         self.plans.append(plan)
@@ -372,6 +376,20 @@ def test_page_pool_refuses_wrong_use() -> None:
         pool.give_back(pages[:1])
 
 
+def check_pages(engine: Engine, shape: EngineShape) -> None:
+    """Who runs holds exactly the pages that are not free, and no more than it can need; rows add up too."""
+    for replica in engine.scheduler._replicas:
+        held = [page for sequence in replica.running for page in sequence.pages]
+        assert len(set(held)) == replica.pool.size - replica.pool.free
+        assert len(held) == len(set(held)) or shape.prefix_cache
+        assert len(replica.running) + len(replica.rows) == shape.max_sequences
+        for sequence in replica.running:
+            # Where tokens were put in, what was under way is not wanted, but the pages for it stay.
+            windows = 1 if sequence.thoughts is None else 3
+            reach = sequence.length + windows * max(shape.decode_window, 1 + shape.drafts)
+            assert len(sequence.pages) <= pages_for(min(reach, sequence.limit), shape.page_size)
+
+
 class EngineMachine(RuleBasedStateMachine):
     """Requests come and go in any order; nothing leaks, nothing starves, every answer is right."""
 
@@ -415,14 +433,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @invariant()
     def pages_add_up(self) -> None:
-        for replica in self.engine.scheduler._replicas:
-            held = [page for sequence in replica.running for page in sequence.pages]
-            assert len(set(held)) == replica.pool.size - replica.pool.free
-            assert len(held) == len(set(held)) or self.shape.prefix_cache
-            assert len(replica.running) + len(replica.rows) == self.shape.max_sequences
-            for sequence in replica.running:
-                reach = sequence.length + max(self.shape.decode_window, 1 + self.shape.drafts)
-                assert len(sequence.pages) <= pages_for(min(reach, sequence.limit), self.shape.page_size)
+        check_pages(self.engine, self.shape)
 
     def teardown(self) -> None:
         if not hasattr(self, "engine"):
