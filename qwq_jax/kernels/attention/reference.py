@@ -15,6 +15,8 @@ from qwq_jax.kernels.attention.pages import KEY, VALUE, PagedLayer, PagedOutput,
 MASKED = -1e30
 # Pages of all rows that decoding reads at once: few enough to stay in a core's cache, many enough to be worth a turn.
 DECODE_PAGES = 16
+# Tokens of a chunk, and of the cache, that are multiplied at once.
+CHUNK_QUERIES, CHUNK_KEYS = 32, 256
 
 
 def attention(
@@ -80,34 +82,6 @@ def _append(layer: PagedLayer, k: jax.Array, v: jax.Array, slots: jax.Array) -> 
     return append_to_pages(layer, k, v, slots)
 
 
-def _attend_rows(
-    q: jax.Array, layer: PagedLayer, page_table: jax.Array, kv_length: jax.Array, first: jax.Array, scale: float
-) -> tuple[jax.Array, jax.Array]:
-    """Rows of equal query count: q `[B, T, N, H]`, query t of row b at position `first[b] + t`.
-
-    Returns:
-        Output `[B, T, N, H]` and log-sum-exp `[B, T, N]`, float32.
-    """
-    B, T, N, H = q.shape
-    K, _, _, page, _ = layer.kv.shape
-    S = page_table.shape[1] * page
-    gather = lambda which: _read_pages(layer, page_table, which, q.dtype).reshape(K, B, S, H)  # noqa: E731
-    rows = q.reshape(B, T, K, N // K, H).transpose(2, 0, 1, 3, 4).reshape(K, B, T * (N // K), H)
-    scores = jnp.einsum("kbth,kbsh->kbts", rows, gather(KEY), preferred_element_type=jnp.float32) * scale
-    scores = scores.reshape(K, B, T, N // K, S)
-    key = jnp.arange(S)
-    live = key[None] < kv_length[:, None]
-    causal = key[None, None] <= first[:, None, None] + jnp.arange(T)[None, :, None]
-    visible = (causal & live[:, None])[None, :, :, None]
-    scores = jnp.where(visible, scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).reshape(K, B, T * (N // K), S)
-    # Pages are reused and never cleared: what lies past a row's end may be NaN, and 0 x NaN is NaN.
-    values = jnp.where(live[None, :, :, None], gather(VALUE), 0)
-    out = jnp.einsum("kbts,kbsh->kbth", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    lse = jax.nn.logsumexp(scores, axis=-1).transpose(1, 2, 0, 3).reshape(B, T, N)
-    return out.reshape(K, B, T, N // K, H).transpose(1, 2, 0, 3, 4).reshape(B, T, N, H), lse
-
-
 def _attend_decode(
     q: jax.Array, layer: PagedLayer, page_table: jax.Array, kv_length: jax.Array, scale: float
 ) -> tuple[jax.Array, jax.Array]:
@@ -165,6 +139,60 @@ def _attend_decode(
     return out.transpose(1, 0, 2, 3).reshape(B, N, H), lse.transpose(1, 0, 2).reshape(B, N)
 
 
+def _attend_chunks(
+    q: jax.Array, layer: PagedLayer, rows: RaggedRows, scale: float, max_query: int
+) -> tuple[jax.Array, jax.Array]:
+    """Rows of several queries, each row's last tokens: q `[T, N, H]` flat, row b at `query_start[b] : query_start[b+1]`.
+
+    A loop takes `CHUNK_QUERIES` tokens of a row at a time, and one within it the pages that these see, some at a time,
+    with a running maximum and sum (arXiv 1805.02867): time goes by the tokens that there are.
+
+    Returns:
+        Output `[T, N, H]` and log-sum-exp `[T, N]`, float32; zero for tokens of no row.
+    """
+    T, N, H = q.shape
+    K, _, _, page, _ = layer.kv.shape
+    G, size, at_once = N // K, min(CHUNK_QUERIES, max_query), max(1, CHUNK_KEYS // page)
+    S = at_once * page
+    table = jnp.pad(rows.page_table, ((0, 0), (0, -rows.page_table.shape[1] % at_once)))
+    begins, stops = rows.query_start[:-1], rows.query_start[1:]
+    counts = jnp.where(rows.kv_length > 0, -(-(stops - begins) // size), 0)
+    ends = jnp.cumsum(counts)
+
+    def item(i: jax.Array, results: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        row = jnp.searchsorted(ends, i, side="right")
+        index = begins[row] + (i - ends[row] + counts[row]) * size + jnp.arange(size)
+        last = rows.kv_length[row] - 1
+        position = jnp.minimum(last + 1 - stops[row] + index, last)
+        queries = q.at[index].get(mode="clip").reshape(size, K, G, H).transpose(1, 0, 2, 3).reshape(K, size * G, H)
+
+        def block(j: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            top, total, out = state
+            pages = jax.lax.dynamic_slice_in_dim(table[row], j * at_once, at_once)
+            key = j * S + jnp.arange(S)
+            keys = _read_pages(layer, pages, KEY, q.dtype).reshape(K, S, H)
+            scores = jnp.einsum("kth,ksh->kts", queries, keys, preferred_element_type=jnp.float32) * scale
+            visible = jnp.repeat(key <= position[:, None], G, axis=0)
+            scores = jnp.where(visible, scores, MASKED)
+            highest = jnp.maximum(top, jnp.max(scores, axis=-1))
+            weights = jnp.where(visible, jnp.exp(scores - highest[..., None]), 0)
+            shrink = jnp.exp(top - highest)
+            # Pages are reused and never cleared: what lies past a row's end may be NaN, and 0 x NaN is NaN.
+            values = _read_pages(layer, pages, VALUE, q.dtype).reshape(K, S, H)
+            values = jnp.where((key <= last)[:, None], values, 0)
+            new = jnp.einsum("kts,ksh->kth", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
+            return highest, total * shrink + jnp.sum(weights, axis=-1), out * shrink[..., None] + new
+
+        blank = (jnp.full((K, size * G), MASKED), jnp.zeros((K, size * G)), jnp.zeros((K, size * G, H)))
+        top, total, out = jax.lax.fori_loop(0, position[-1] // S + 1, block, blank)
+        place = jnp.where(index < stops[row], index, T)
+        flat = lambda x: x.reshape(K, size, G, -1).swapaxes(0, 1).reshape(size, N, -1)  # noqa: E731
+        put = lambda all, new: all.at[place].set(new, mode="drop")  # noqa: E731
+        return put(results[0], flat(out / total[..., None])), put(results[1], flat(top + jnp.log(total))[..., 0])
+
+    return jax.lax.fori_loop(0, ends[-1], item, (jnp.zeros((T, N, H)), jnp.zeros((T, N))))
+
+
 def paged_attention(
     q: jax.Array,
     k: jax.Array,
@@ -191,33 +219,17 @@ def paged_attention(
         decode_rows: Static number of single-token rows.
         max_query: Static bound on the tokens of any other row; 0 where there are none.
     """
-    T, N, wanted = q.shape
+    wanted = q.shape[2]
     q, k, v = (widen(x, layer.kv.shape[4]) for x in (q, k, v))
     layer = _append(layer, k, v, rows.slots)
     table, length = rows.page_table, rows.kv_length
+    parts: list[tuple[jax.Array, jax.Array]] = []
     if decode_rows:
-        out, lse = _attend_decode(q[:decode_rows], layer, table[:decode_rows], length[:decode_rows], scale)
-    else:
-        out, lse = jnp.zeros((0, *q.shape[1:]), jnp.float32), jnp.zeros((0, N), jnp.float32)
-    if max_query == 0:
-        return PagedOutput(out[..., :wanted].astype(q.dtype), lse, layer)
-    fill = T - decode_rows
-    out, lse = jnp.pad(out, ((0, fill), (0, 0), (0, 0))), jnp.pad(lse, ((0, fill), (0, 0)))
-    start, stop = rows.query_start[decode_rows:-1], rows.query_start[decode_rows + 1 :]
-
-    def one(carry: tuple[jax.Array, jax.Array], row: tuple[jax.Array, ...]) -> tuple[Any, None]:
-        table_row, length_row, begin, end = row
-
-        def work(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            index = begin + jnp.arange(max_query)
-            chunk = q.at[index].get(mode="fill", fill_value=0)
-            first = (length_row - (end - begin))[None]
-            new = _attend_rows(chunk[None], layer, table_row[None], length_row[None], first, scale)
-            place = jnp.where(index < end, index, T)
-            out, lse = (x.at[place].set(y[0], mode="drop") for x, y in zip(carry, new, strict=True))
-            return out, lse
-
-        return jax.lax.cond(length_row > 0, work, lambda carry: carry, carry), None
-
-    (out, lse), _ = jax.lax.scan(one, (out, lse), (table[decode_rows:], length[decode_rows:], start, stop))
+        parts.append(_attend_decode(q[:decode_rows], layer, table[:decode_rows], length[:decode_rows], scale))
+    if max_query:
+        chunks = RaggedRows(
+            table[decode_rows:], length[decode_rows:], rows.query_start[decode_rows:] - decode_rows, rows.slots
+        )
+        parts.append(_attend_chunks(q[decode_rows:], layer, chunks, scale, max_query))
+    out, lse = (jnp.concatenate(each) for each in zip(*parts, strict=True))
     return PagedOutput(out[..., :wanted].astype(q.dtype), lse, layer)
