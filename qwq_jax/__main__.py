@@ -192,6 +192,7 @@ def serve(
     served_model_name: Annotated[str | None, typer.Option(help="The directory's name otherwise.")] = None,
     max_waiting: Annotated[int, typer.Option(min=0, help="Requests in line; one more is answered 429.")] = 256,
     drain_seconds: Annotated[float, typer.Option(min=0, help="Time to end for what runs at a SIGTERM.")] = 30.0,
+    warm_up: Annotated[bool, typer.Option(help="Compile all usual programs before the port opens.")] = True,
     overrides: Set = None,
     simulate_devices: SimulateDevices = None,
 ) -> None:
@@ -206,7 +207,22 @@ def serve(
     options = job.ServeOptions(name, host, port, keys, max_waiting, drain_seconds)
     runtime.start(simulate_devices=simulate_devices)
     config = _inference_config(overrides, {"compute_dtype": runtime.default_compute_dtype()})
-    job.serve(checkpoint, options, engine=config.engine, mesh=config.mesh, sampling=config.sampling)
+    job.serve(checkpoint, options, engine=config.engine, mesh=config.mesh, sampling=config.sampling, warm_up=warm_up)
+
+
+@app.command(epilog="Example: `qwq-jax warm-up qwq-32b --set mesh.tensor=8`")
+def warm_up(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint directory, local or gs://.")],
+    overrides: Set = None,
+    simulate_devices: SimulateDevices = None,
+) -> None:
+    """Compile what `generate`, `chat` and `serve` need with these settings, for the compile cache."""
+    from qwq_jax import runtime
+    from qwq_jax.jobs import warm_up as job
+
+    runtime.start(simulate_devices=simulate_devices)
+    config = _inference_config(overrides, {"compute_dtype": runtime.default_compute_dtype()})
+    job.warm_up(checkpoint, engine=config.engine, mesh=config.mesh)
 
 
 @app.command(epilog="Example: `qwq-jax sft configs/sft/tiny_reasoner.toml --set optimizer.learning_rate=1e-4`")

@@ -16,7 +16,15 @@ import jax
 
 from qwq_jax.interrupt import Interrupted, StopRequested
 
-__all__ = ["Interrupted", "StopRequested", "default_compute_dtype", "hide_abandoned_reads", "log_to_stderr", "start"]
+__all__ = [
+    "Interrupted",
+    "StopRequested",
+    "compile_cache",
+    "default_compute_dtype",
+    "hide_abandoned_reads",
+    "log_to_stderr",
+    "start",
+]
 
 _DEVICE_COUNT_FLAG = re.compile(r"--xla_force_host_platform_device_count=\d+\s*")
 # Faster compilations are cheaper to repeat than to look up.
@@ -60,6 +68,11 @@ def tpu_is_only_compiled_for(devices: Path = Path("/sys/bus/pci/devices")) -> bo
     if find_spec("libtpu") is None or any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         return False
     return all(vendor.read_text().strip() != _GOOGLE for vendor in devices.glob("*/vendor"))
+
+
+def compile_cache() -> str | None:
+    """Where compiled programs are kept from one process to the next; None where they are not."""
+    return jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def default_compute_dtype() -> Literal["float32", "bfloat16"]:

@@ -12,7 +12,7 @@ from qwq_jax.config.mesh import MeshConfig
 from qwq_jax.config.sampling import SamplingParams
 from qwq_jax.interrupt import Interrupted
 
-VERBS = ["convert", "export", "generate", "chat", "serve", "sft", "demo"]
+VERBS = ["convert", "export", "generate", "chat", "serve", "warm-up", "sft", "demo"]
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_bad_usage_exits_2_without_a_traceback(capsys, arguments, sentence):
 def test_convert_passes_its_options(job):
     calls = job("convert")
     assert command_line.main(["convert", "a", "b", "--dtype", "float32", "--low-disk"]) == 0
-    assert calls == [(("a", "b"), {"dtype": "float32", "allow_nan": False, "low_disk": True})]
+    assert calls == [(("a", "b"), {"dtype": "float32", "quantize": None, "allow_nan": False, "low_disk": True})]
 
 
 def test_settings_reach_the_engine_the_mesh_and_the_sampler(job, tmp_path):
@@ -104,6 +104,13 @@ def test_chat_draws_as_the_makers_advise_but_for_what_is_set(job):
     assert command_line.main(["chat", "ck", "--set", "sampling.temperature=0"]) == 0
     [(_, options)] = calls
     assert options["sampling"].model_dump() == {**CHAT_SAMPLING.model_dump(), "temperature": 0.0}
+
+
+def test_warm_up_passes_its_settings(job):
+    calls = job("warm_up")
+    assert command_line.main(["warm-up", "ck", "--set", "mesh.tensor=2", "--set", "engine.page_size=8"]) == 0
+    engine = EngineConfig(page_size=8, compute_dtype="float32")
+    assert calls == [(("ck",), {"engine": engine, "mesh": MeshConfig(tensor=2)})]
 
 
 def test_a_wrong_setting_names_its_path(job, capsys):

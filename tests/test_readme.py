@@ -11,8 +11,10 @@ import pytest
 import typer
 
 from qwq_jax.__main__ import app
+from qwq_jax.config.constraint import CONSTRAINT_FIELDS
 from qwq_jax.config.inference import InferenceConfig
 from qwq_jax.config.load import build, load_toml
+from qwq_jax.config.sampling import SamplingParams
 from qwq_jax.config.train import SftConfig
 from qwq_jax.jobs.batch_file import PromptLine, parse_line
 
@@ -30,7 +32,7 @@ COMMANDS = [line for block in blocks("bash") for line in block.strip().splitline
 
 def test_there_are_commands():
     verbs = {shlex.split(line)[1] for line in COMMANDS if line.startswith("qwq-jax ")}
-    assert {"convert", "export", "generate", "chat", "serve", "sft"} <= verbs
+    assert {"convert", "export", "generate", "chat", "serve", "warm-up", "sft"} <= verbs
 
 
 def build_settings(verb: str, given: dict[str, Any]) -> None:
@@ -84,6 +86,15 @@ def test_the_request_line_is_understood():
     (line,) = blocks("json")
     assert isinstance(parse_line(1, line.encode()), PromptLine)
     assert json.loads(line)["body"]["return_token_ids"] is True
+
+
+def test_the_fields_of_requests_are_there():
+    (sentence,) = re.findall(r"Beside these fields(.*?)anything else is refused", TEXT, re.DOTALL)
+    named = set(re.findall(r"`(\w+)`", sentence))
+    assert len(named) > 10 and named <= {*SamplingParams.model_fields, *CONSTRAINT_FIELDS}
+    (line,) = blocks("json")
+    missing = SamplingParams.model_fields.keys() - named - json.loads(line)["body"].keys()
+    assert missing == {"constraint"}, "it has the names of its API"
 
 
 def test_the_python_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

@@ -166,6 +166,9 @@ def choice_of(completion: Completion, request: Request, tokenizer: ChatTokenizer
         completion.token_ids,
         0 if reasoning is None else reasoning_tokens(completion.token_ids, tokenizer),
         None if completion.logprobs is None else tuple(_logprob(entry, tokenizer) for entry in completion.logprobs),
+        None
+        if completion.prompt_logprobs is None
+        else tuple(entry and _logprob(entry, tokenizer) for entry in completion.prompt_logprobs),
     )
 
 

@@ -51,7 +51,7 @@ class BadLine:
 
 @dataclass(frozen=True)
 class Choice:
-    """One sample's answer as text, with its tokens."""
+    """One sample's answer as text, with its tokens; the first sample has the prompt's log-probabilities, if wanted."""
 
     index: int
     content: str
@@ -60,6 +60,7 @@ class Choice:
     token_ids: tuple[int, ...]
     reasoning_tokens: int
     logprobs: tuple[dict[str, Any], ...] | None = None
+    prompt_logprobs: tuple[dict[str, Any] | None, ...] | None = None
 
 
 def read_batch(path: Path, defaults: SamplingParams | None = None) -> Iterator[PromptLine | BadLine]:
@@ -111,7 +112,8 @@ def parse_body(name: str, body: dict[str, Any], defaults: SamplingParams | None 
 def result_line(line: PromptLine, choices: list[Choice], prompt_tokens: int, model: str) -> bytes:
     """The answer to a line: OpenAI's batch output around a `chat.completion`."""
     completion_tokens = sum(len(choice.token_ids) for choice in choices)
-    body = {
+    of_prompt = next((choice.prompt_logprobs for choice in choices if choice.prompt_logprobs is not None), None)
+    body: dict[str, Any] = {
         "id": f"chatcmpl-{line.number}",
         "object": "chat.completion",
         "created": 0,
@@ -124,6 +126,8 @@ def result_line(line: PromptLine, choices: list[Choice], prompt_tokens: int, mod
             "completion_tokens_details": {"reasoning_tokens": sum(choice.reasoning_tokens for choice in choices)},
         },
     }
+    if of_prompt is not None:
+        body["prompt_logprobs"] = list(of_prompt)
     response = {"status_code": 200, "request_id": f"req_{line.number}", "body": body}
     return _dump(line.number, line.custom_id, response, None)
 

@@ -14,15 +14,9 @@ from qwq_jax.config.mesh import MeshConfig
 from qwq_jax.config.sampling import SamplingParams
 from qwq_jax.engine.engine import Engine
 from qwq_jax.engine.request import Hooks, Request
-from qwq_jax.jobs.answer import (
-    hooks_of,
-    prompt_ids,
-    prompt_opens_thinking,
-    reasoning_tokens,
-    token_record,
-    with_special_stops,
-)
+from qwq_jax.jobs.answer import hooks_of, prompt_opens_thinking, reasoning_tokens, request_of, token_record
 from qwq_jax.jobs.batch_file import parse_body
+from qwq_jax.jobs.warm_up import compile_programs
 from qwq_jax.serve.options import ServeOptions
 from qwq_jax.serve.server import Server, bind
 
@@ -30,7 +24,13 @@ _log = logging.getLogger(__name__)
 
 
 def serve(
-    checkpoint: str, options: ServeOptions, *, engine: EngineConfig, mesh: MeshConfig, sampling: SamplingParams
+    checkpoint: str,
+    options: ServeOptions,
+    *,
+    engine: EngineConfig,
+    mesh: MeshConfig,
+    sampling: SamplingParams,
+    warm_up: bool = True,
 ) -> None:
     """Serves a model until a signal asks to stop.
 
@@ -40,6 +40,7 @@ def serve(
         engine: Sizes of the engine.
         mesh: Devices.
         sampling: For requests that do not say themselves.
+        warm_up: Whether all usual programs are compiled before the first client can connect.
 
     Raises:
         ValueError: The address or the checkpoint cannot be used.
@@ -49,6 +50,8 @@ def serve(
     with bind(options.host, options.port) as listener:
         tokenizer = ChatTokenizer.from_directory(open_checkpoint(checkpoint).tokenizer_dir)
         loaded = Engine.from_checkpoint(checkpoint, mesh=mesh, config=engine)
+        if warm_up:
+            compile_programs(loaded)
         server = Server(loaded, TokenizerCodec(tokenizer, sampling), options)
 
         def announce(address: str) -> None:
@@ -95,9 +98,7 @@ class TokenizerCodec:
 
     def request(self, request_id: str, body: Mapping[str, Any]) -> Request:
         """The engine's request of a body; ValueError names the field that is wrong."""
-        line = parse_body(request_id, dict(body), self.sampling)
-        params = with_special_stops(line.params, self.tokenizer)
-        return Request(request_id, prompt_ids(line, self.tokenizer), params)
+        return request_of(parse_body(request_id, dict(body), self.sampling), self.tokenizer)
 
     def hooks(self, request: Request) -> Hooks:
         """What watches the text of one sample of a request."""

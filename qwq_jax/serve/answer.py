@@ -1,11 +1,12 @@
 """The tokens of one call as OpenAI's objects, whole or in chunks."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from qwq_jax.engine.request import Completion, NewToken, Request
+from qwq_jax.engine.request import Completion, NewToken, Request, TokenLogprob
 from qwq_jax.serve.bodies import Call
 from qwq_jax.serve.codec import TextCodec
 from qwq_jax.serve.errors import ApiError
@@ -23,6 +24,8 @@ class Form(Protocol):
     """`object` of a chunk of a stream."""
     split: bool
     """Whether thoughts are told from the answer."""
+    one_prompt: bool
+    """Whether a call has one prompt, so that what is said of it belongs to the answer rather than to a choice."""
 
     def opening(self) -> dict[str, Any] | None:
         """What a choice's stream begins with."""
@@ -41,6 +44,11 @@ class Form(Protocol):
         ...
 
 
+def _record(token: TokenLogprob, codec: TextCodec) -> dict[str, Any]:
+    top = [codec.token_record(*each) for each in token.top]
+    return {**codec.token_record(token.token_id, token.logprob), "top_logprobs": top}
+
+
 class ChatForm:
     """``/v1/chat/completions``."""
 
@@ -48,6 +56,7 @@ class ChatForm:
     whole = "chat.completion"
     chunk = "chat.completion.chunk"
     split = True
+    one_prompt = True
 
     def opening(self) -> dict[str, Any] | None:
         """The role."""
@@ -64,14 +73,7 @@ class ChatForm:
 
     def logprobs(self, tokens: Sequence[PlacedToken], codec: TextCodec) -> dict[str, Any]:
         """One record a token, each with the likeliest ones in its place."""
-        content = [
-            {
-                **codec.token_record(placed.token.token_id, placed.token.logprob),
-                "top_logprobs": [codec.token_record(token, logprob) for token, logprob in placed.token.top],
-            }
-            for placed in tokens
-        ]
-        return {"content": content, "refusal": None}
+        return {"content": [_record(placed.token, codec) for placed in tokens], "refusal": None}
 
 
 class CompletionForm:
@@ -81,6 +83,7 @@ class CompletionForm:
     whole = "text_completion"
     chunk = "text_completion"
     split = False
+    one_prompt = False
 
     def opening(self) -> dict[str, Any] | None:
         """Nothing."""
@@ -114,6 +117,15 @@ class CompletionForm:
             "top_logprobs": tops,
             "text_offset": [placed.offset for placed in tokens],
         }
+
+
+@contextmanager
+def _as_server_error() -> Iterator[None]:
+    """What cannot be reported, such as a log-probability that is not a number, is no fault of the client."""
+    try:
+        yield
+    except ValueError as error:
+        raise ApiError(500, str(error), type="server_error") from None
 
 
 @dataclass(eq=False)
@@ -154,6 +166,8 @@ class Answer:
             for index in range(request.params.n)
         }
         self._reasons: dict[int, str] = {}
+        self._of_prompts: dict[str, Sequence[TokenLogprob | None]] = {}
+        """Log-probabilities of each request's prompt, if wanted."""
 
     def take(self, events: Sequence[NewToken | Completion]) -> list[_Sample]:
         """Takes what the engine brought; returns the samples that it belongs to, in the order of their choices."""
@@ -165,6 +179,8 @@ class Answer:
                 sample.text.push(event.token)
             else:
                 sample.text.finish()
+                if event.prompt_logprobs is not None:
+                    self._of_prompts[event.request_id] = event.prompt_logprobs
                 self._reasons[sample.index] = event.finish_reason.value
         return [touched[index] for index in sorted(touched)]
 
@@ -197,8 +213,10 @@ class Answer:
     def whole(self) -> dict[str, Any]:
         """The answer in one piece, once all samples have ended."""
         assert len(self._reasons) == len(self._samples), "a sample has not ended"
-        choices = [self._choice(sample) for sample in self._samples.values()]
-        return {**self._head, "object": self._form.whole, "choices": choices, "usage": self.usage}
+        samples = tuple(self._samples.values())
+        of_prompt = self._prompt_report(samples[0]) if self._form.one_prompt else {}
+        choices = [self._choice(sample) for sample in samples]
+        return {**self._head, "object": self._form.whole, "choices": choices, "usage": self.usage, **of_prompt}
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -223,16 +241,23 @@ class Answer:
         content = "".join(text for is_thinking, text in ready.pieces if not is_thinking)
         message = self._form.message(thoughts if sample.text.thought else None, content)
         reason = self._reasons[sample.index]
-        return {"index": sample.index, **message, **self._report(sample, ready), "finish_reason": reason}
+        of_prompt = {} if self._form.one_prompt else self._prompt_report(sample)
+        return {"index": sample.index, **message, **self._report(sample, ready), "finish_reason": reason, **of_prompt}
+
+    def _prompt_report(self, sample: _Sample) -> dict[str, Any]:
+        """Log-probabilities of the tokens of a prompt, of which the first has none, if asked for."""
+        tokens = self._of_prompts.get(sample.request.request_id)
+        if tokens is None:
+            return {}
+        with _as_server_error():
+            return {"prompt_logprobs": [token and _record(token, self._codec) for token in tokens]}
 
     def _report(self, sample: _Sample, ready: Ready) -> dict[str, Any]:
         """What a choice says of its tokens: log-probabilities, null if not asked for, and ids, if asked for."""
         report: dict[str, Any] = {"logprobs": None}
         if sample.request.params.logprobs and ready.tokens:
-            try:
+            with _as_server_error():
                 report["logprobs"] = self._form.logprobs(ready.tokens, self._codec)
-            except ValueError as error:
-                raise ApiError(500, str(error), type="server_error") from None
         if self._call.return_token_ids:
             report["token_ids"] = [placed.token.token_id for placed in ready.tokens]
         return report

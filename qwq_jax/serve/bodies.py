@@ -92,6 +92,8 @@ def _call(body: dict[str, Any], served: str, prompts: list[dict[str, Any]], *, w
     options = body.get("stream_options")
     if options is not None and not stream:
         raise ValueError("stream_options: needs stream true")
+    if stream and body.get("prompt_logprobs") is not None:
+        raise ValueError("prompt_logprobs: cannot be had with stream true")
     rest = {name: value for name, value in body.items() if name not in (*_OWN, *without)}
     return Call(
         tuple({**rest, **prompt} for prompt in prompts),

@@ -181,6 +181,23 @@ def test_what_is_answered_is_synced_after_every_step(
     assert calls.count(1) > 20, "also while nothing is appended"
 
 
+def test_log_probabilities_of_a_prompt_are_those_of_its_tokens_when_they_were_drawn(
+    checkpoint: str, tmp_path: Path
+) -> None:
+    drawn = {"prompt_token_ids": [65, 66, 67], "max_tokens": 6, "ignore_eos": True, "temperature": 0}
+    drawn |= {"logprobs": True, "top_logprobs": 1, "return_token_ids": True}
+    (choice,) = body_of(run(checkpoint, tmp_path / "1", [drawn])[0])["choices"]
+    again = {"prompt_token_ids": [65, 66, 67, *choice["token_ids"]], "max_tokens": 1, "prompt_logprobs": 1, "n": 2}
+    body = body_of(run(checkpoint, tmp_path / "2", [again])[0])
+    first, *rest = body["prompt_logprobs"]
+    assert first is None and len(rest) == 2 + 6 and len(body["choices"]) == 2
+    for scored, entry in zip(rest[2:], choice["logprobs"]["content"], strict=True):
+        assert scored.keys() == entry.keys() and scored["token"] == entry["token"] and scored["bytes"] == entry["bytes"]
+        assert scored["logprob"] == pytest.approx(entry["logprob"], abs=1e-4)
+        assert [each["token"] for each in scored["top_logprobs"]] == [entry["token"]]
+    assert "prompt_logprobs" not in body_of(run(checkpoint, tmp_path / "3", [ask("a", max_tokens=1)])[0])
+
+
 def test_samples_logprobs_and_seeds(checkpoint: str, tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     hot = {"temperature": 1.0, "n": 3, "logprobs": True, "top_logprobs": 2, "return_token_ids": True}
     answers = run(

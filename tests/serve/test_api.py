@@ -258,3 +258,54 @@ def test_keys(engine, codec):
         assert live.call("GET", "/v1/nothing").status == 401
         assert live.health() == 200
         assert "first" not in repr(live.server._options)
+
+
+def test_thoughts_can_be_bounded_or_left_out(client, tokenizer):
+    bounded = ask(client, extra_body={"max_thinking_tokens": 4})
+    (choice,) = bounded.choices
+    assert choice.message.reasoning_content.endswith("Time is up: I give my answer from what I have.")
+    assert choice.message.content
+    closing = len(tokenizer.encode("\n\nTime is up: I give my answer from what I have.\n</think>"))
+    assert bounded.usage.completion_tokens_details.reasoning_tokens == pytest.approx(4 + closing, abs=1)
+    for extra in ({"enable_thinking": False}, {"chat_template_kwargs": {"enable_thinking": False}}):
+        (choice,) = ask(client, extra_body=extra).choices
+        assert choice.message.content and not getattr(choice.message, "reasoning_content", None)
+    with pytest.raises(
+        openai.BadRequestError, match="max_thinking_tokens: the prompt does not end in <think>"
+    ) as caught:
+        complete(client, "1 + 1 =", extra_body={"max_thinking_tokens": 4})
+    assert caught.value.param == "max_thinking_tokens"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_of_a_given_form(client, stream):
+    form = {"guided_regex": r"sum=[0-9]{2,3}\.", "max_thinking_tokens": 20}
+    if stream:
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in ask(client, stream=True, extra_body=form))
+    else:
+        text = ask(client, extra_body=form).choices[0].message.content
+    assert re.fullmatch(r"sum=[0-9]{2,3}\.", text)
+    with pytest.raises(openai.BadRequestError, match="guided_regex: ") as caught:
+        ask(client, extra_body={"guided_regex": "("})
+    assert caught.value.param == "guided_regex"
+
+
+def test_prompt_logprobs_are_those_of_the_batch_job(client, engine, tokenizer):
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=2)
+    request = Request("direct", tuple(tokenizer.apply_template(QUESTION)), params)
+    (completion,) = engine.generate([request])
+    expected = choice_of(completion, request, tokenizer).prompt_logprobs
+    asked = {"max_tokens": 1, "extra_body": {"prompt_logprobs": 2}}
+    assert [None, *expected[1:]] == list(expected) and len(expected) == len(request.prompt_token_ids)
+    given = ask(client, **asked).prompt_logprobs
+    assert [record and record["token"] for record in given] == [record and record["token"] for record in expected]
+    logprobs = [[r["logprob"] for r in records if r] for records in (given, expected)]
+    assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
+    assert all(len(record["top_logprobs"]) == 2 for record in given[1:])
+    texts = ["What is 1", "The"]
+    for text, choice in zip(texts, [c for c in complete(client, texts, n=2, **asked).choices][::2], strict=True):
+        assert "".join(record["token"] for record in choice.prompt_logprobs[1:]) in text
+        assert choice.prompt_logprobs[0] is None and len(choice.prompt_logprobs) == len(tokenizer.encode(text))
+    assert not hasattr(ask(client, max_tokens=1), "prompt_logprobs")
+    with pytest.raises(openai.BadRequestError, match="prompt_logprobs: cannot be had with stream true"):
+        ask(client, stream=True, **asked)

@@ -13,9 +13,12 @@ import openai
 import pytest
 
 from qwq_jax.__main__ import main
-from qwq_jax.jobs.serve import model_name, read_keys
+from qwq_jax.config.mesh import MeshConfig
+from qwq_jax.config.sampling import SamplingParams
+from qwq_jax.jobs.serve import model_name, read_keys, serve
 from qwq_jax.serve.options import ServeOptions
 from qwq_jax.serve.server import bind
+from tests.serve.conftest import ENGINE
 from tests.serve.live import QUESTION
 
 
@@ -117,6 +120,20 @@ def test_the_command_says_what_is_wrong_before_it_loads(checkpoint):
     assert done.stderr == f"error: --host 127.0.0.1 --port {port}: cannot listen there: Address already in use\n"
 
 
+def test_nobody_can_connect_before_all_is_compiled(checkpoint, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def knock(engine):
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port))
+        raise ValueError("nobody answered")
+
+    monkeypatch.setattr("qwq_jax.jobs.serve.compile_programs", knock)
+    with pytest.raises(ValueError, match="nobody answered"):
+        serve(checkpoint, ServeOptions("m", port=port), engine=ENGINE, mesh=MeshConfig(), sampling=SamplingParams())
+
+
 def test_the_verb_passes_its_options(monkeypatch, tmp_path, capsys):
     calls = []
     monkeypatch.setattr("qwq_jax.jobs.serve.serve", lambda *arguments, **options: calls.append((arguments, options)))
@@ -129,6 +146,7 @@ def test_the_verb_passes_its_options(monkeypatch, tmp_path, capsys):
     ((checkpoint, options), settings) = calls[0]
     assert checkpoint == "ck/qwq"
     assert options == ServeOptions("qwq", "::1", 81, ("one", "two"), max_waiting=3, drain_seconds=1.5)
-    assert settings["engine"].page_size == 8 and settings["sampling"].n == 2
+    assert settings["engine"].page_size == 8 and settings["sampling"].n == 2 and settings["warm_up"]
+    assert main(["serve", "ck", "--no-warm-up"]) == 0 and not calls[1][1]["warm_up"]
     assert main(["serve", "ck", "--api-key", "with space"]) == main(["serve", "ck", "--api-key-file", "/no"]) == 2
     assert "with space" not in capsys.readouterr().err
