@@ -2,6 +2,7 @@
 
 import io
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -11,7 +12,7 @@ from qwq_jax.config.mesh import MeshConfig
 from qwq_jax.config.sampling import SamplingParams
 from qwq_jax.engine.engine import Engine
 from qwq_jax.engine.request import Request
-from qwq_jax.engine.step import StepPlan, StepResult
+from qwq_jax.engine.step import Draws, StepPlan, StepResult
 from qwq_jax.jobs import chat as job
 from qwq_jax.jobs.chat import Conversation
 from tests.jobs.tiny_checkpoint import CLOSE, END, make_checkpoint
@@ -35,18 +36,25 @@ class Scripted:
         self._reply = reply
         self._said = 0
 
-    def step(self, plan: StepPlan) -> StepResult:
-        if plan.prefill_tokens:
-            bounds = plan.query_start[0, 1], plan.query_start[0, 2]
-            chunk = plan.tokens[0, bounds[0] : bounds[1]].tolist()
-            if plan.positions[0, bounds[0]] == 0:
+    def submit(self, plan: StepPlan) -> StepResult:
+        arrays = {name: array[0] for name, array in plan.arrays.items()}
+        if plan.program.prefill_tokens:
+            begin, end = arrays["prompt_start"][:2]
+            if arrays["prompt_position"][begin] == 0:
                 self.prompts.append([])
-            self.prompts[-1] += chunk
-            self._said = 0
-        else:
-            self._said += 1
-        drawn = plan.kv_length * 0 + self._reply[min(self._said, len(self._reply) - 1)]
-        return StepResult(drawn, drawn * 0.0)
+            self.prompts[-1] += arrays["prompt_token"][begin:end].tolist()
+            self._said = 1
+            return StepResult(self._say(0, (1, 1, 1)), self._say(0, (1, 1)))
+        said, self._said = self._said, self._said + int(arrays["budget"][0])
+        return StepResult(self._say(said, (1, self._said - said, 1)))
+
+    def collect(self, ticket: StepResult) -> StepResult:
+        return ticket
+
+    def _say(self, start: int, extent: tuple[int, ...]) -> Draws:
+        """A part of the reply, whose last token is repeated."""
+        places = np.arange(start, start + np.prod(extent)).clip(max=len(self._reply) - 1)
+        return Draws(np.array(self._reply)[places].reshape(extent), np.zeros(extent))
 
 
 @pytest.fixture
