@@ -62,6 +62,10 @@ NO_JAX = (
     "engine/request.py",
     "engine/pages.py",
     "engine/scheduler.py",
+    "engine/step.py",
+    "engine/arrays.py",
+    "engine/thoughts.py",
+    "engine/lookup.py",
     "rl/rewards/",
 )
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax")

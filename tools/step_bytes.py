@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 ROWS, CONTEXT = 64, 8192
@@ -188,6 +188,7 @@ class Case:
     cache: str
     layers: int = 0
     rows: int = ROWS
+    window: int = 16
     context: int = CONTEXT
 
 
@@ -237,6 +238,7 @@ def _measure_here(case: Case, folder: Path) -> StepBytes:
         max_context=case.context,
         cache_dtype=case.cache,  # pyright: ignore[reportArgumentType]
         weights=case.weights,
+        decode_window=case.window,
     )
     compiled = lower_step(model, layout, config, Program(rows, 0, 0)).compile()
     module = computations(max(folder.glob("*hlo.txt"), key=lambda path: path.stat().st_size).read_text())
@@ -261,7 +263,7 @@ def _measure_here(case: Case, folder: Path) -> StepBytes:
 
 def extrapolated(case: Case, layers: int = 64) -> StepBytes:
     """The figures of all layers from those of two and four, which differ by two equal ones: quicker to compile."""
-    two, four = (measure(Case(case.topology, case.weights, case.cache, layers=count)) for count in (2, 4))
+    two, four = (measure(replace(case, layers=count)) for count in (2, 4))
     line = lambda a, b: a + (b - a) * (layers - 2) // 2  # noqa: E731
     return StepBytes(
         line(two.moved, four.moved),
@@ -278,12 +280,13 @@ def main() -> None:
     parser.add_argument("topologies", nargs="*", default=list(MESHES), help=f"of {', '.join(MESHES)}")
     parser.add_argument("--weights", help="int8, int4; bfloat16 otherwise")
     parser.add_argument("--cache", default="bfloat16", help="bfloat16, int8, float8_e4m3fn, float8_e5m2")
+    parser.add_argument("--window", type=int, default=16, help="tokens a call; 1 is a program without a loop")
     parser.add_argument("--quick", action="store_true", help="extrapolate from two and four layers")
     arguments = parser.parse_args()
     print("| topology | weights | cache | GB a step | of the ideal | temporaries, GB | all-reduces | others |")
     print("|---|---|---|---|---|---|---|---|")
     for topology in arguments.topologies:
-        case = Case(topology, arguments.weights, arguments.cache)
+        case = Case(topology, arguments.weights, arguments.cache, window=arguments.window)
         step = extrapolated(case) if arguments.quick else measure(case)
         others = ", ".join(f"{count} {kind}" for kind, count in sorted(step.others.items()))
         print(

@@ -90,7 +90,9 @@ class Step(NamedTuple):
             return i + 1, token, going, _count(generated, drawn.tokens, active), out, cache
 
         state = (jnp.int32(0), token, going, generated, out, cache)
-        _, token, going, _, out, cache = jax.lax.while_loop(more, advance, state)
+        # A window of one is no loop: see docs/benchmarks/decode_step.md for what a loop costs on tpu7x.
+        final = advance(state) if window == 1 else jax.lax.while_loop(more, advance, state)
+        _, token, going, _, out, cache = final
         carry = Carry(*(all.at[:, :D].set(new) for all, new in zip(carry, (token, going), strict=True)))
         return cache, carry, Outcome(jax.tree.map(lambda x: x.swapaxes(0, 1), out))
 

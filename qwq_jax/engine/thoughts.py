@@ -67,7 +67,7 @@ class Thoughts:
         Args:
             token: The token.
             ends: Whether it would end the sequence.
-            sequence: It; nothing is put in where no room for an answer would be left.
+            sequence: It; nothing is put in where no room for an answer, or within `longest`, would be left.
         """
         if not self.open:
             return None
@@ -75,6 +75,7 @@ class Thoughts:
         room = sequence.limit - length
         if token == self.marks.close or ends:
             # The token itself is dropped, so it does not count.
+            room = min(room, room if self.longest is None else self.start + self.longest - length)
             if length - self.start < self.shortest and len(self.marks.continuation) < room:
                 return Forced(self.marks.continuation, instead=True)
             self.open = False

@@ -34,7 +34,8 @@ def thinking_reference(request: Request, context: int) -> list[int]:
     while len(out) < limit:
         token = next_token([*request.prompt_token_ids, *out], seed)
         if thinking and token in (MARKS.close, EOS):
-            if len(out) < params.min_thinking_tokens and len(MARKS.continuation) < limit - len(out):
+            room = min(limit, params.max_thinking_tokens or limit) - len(out)
+            if len(out) < params.min_thinking_tokens and len(MARKS.continuation) < room:
                 out += MARKS.continuation
                 continue
             thinking = False
@@ -54,6 +55,7 @@ def thinking_reference(request: Request, context: int) -> list[int]:
         {"max_thinking_tokens": 9},
         {"min_thinking_tokens": 60},
         {"min_thinking_tokens": 30, "max_thinking_tokens": 70},
+        {"min_thinking_tokens": 12, "max_thinking_tokens": 12},
         {"max_thinking_tokens": 1},
     ],
 )
