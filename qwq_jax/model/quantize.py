@@ -24,11 +24,13 @@ import numpy as np
 from flax import nnx
 
 from qwq_jax.config.weights import SMALLEST_GROUP, WeightFormat
+from qwq_jax.kernels.attention import Target
 from qwq_jax.sharding import Axes
 
 SCALE = "_scale"
 LARGEST = {8: 127, 4: 7}
 DTYPES = {8: jnp.int8, 4: jnp.int4}
+INT8_CHIPS = ("TPU v5", "TPU v6")  # whose matrix units multiply int8, twice as fast as bfloat16
 SHARDS = 8  # the widest tensor axis whose shards hold whole groups
 
 
@@ -82,6 +84,21 @@ def kernel_format(weights: WeightFormat, shape: tuple[int, ...], axes: Axes) -> 
             f"even number of outputs, which a projection of {' x '.join(map(str, shape))} does not have; use int8"
         )
     return KernelFormat(4, (contracted,), group)
+
+
+def check_activations(weights: WeightFormat | None, target: Target) -> None:
+    """Refuses 8-bit activations on a TPU that has no int8 products; a CPU computes them, if slowly.
+
+    Raises:
+        ValueError: See above.
+    """
+    if weights is None or weights.activations == 16 or target.platform != "tpu":
+        return
+    if not target.device_kind.startswith(INT8_CHIPS):
+        raise ValueError(
+            f"engine.activations=int8 needs a TPU that multiplies int8 (v5e, v5p, v6e), not {target.device_kind}; "
+            "8-bit weights alone need none"
+        )
 
 
 def project(

@@ -130,7 +130,7 @@ def test_a_quantised_checkpoint_is_refused_where_others_are_needed(tmp_path: Pat
     convert(str(source), str(tmp_path / "ours"), quantize="int8")
     checkpoint = open_checkpoint(str(tmp_path / "ours"))
     with pytest.raises(
-        ValueError, match="holds int8 weights, where full precision are needed: use the checkpoint that"
+        ValueError, match="holds int8 weights, where weights of full precision are needed: use the checkpoint that"
     ):
         restore_params(checkpoint, None, jnp.float32)
     with pytest.raises(ValueError, match="holds int8 weights, where int4 weights are needed"):

@@ -8,9 +8,11 @@ import pytest
 from qwq_jax.config.engine import EngineConfig
 from qwq_jax.config.mesh import MeshConfig
 from qwq_jax.config.weights import WeightFormat, choose_weights, parse_weights
+from qwq_jax.kernels.attention import Target
 from qwq_jax.model.attention import causal_attend
 from qwq_jax.model.params import bind, random_params
 from qwq_jax.model.quantize import (
+    check_activations,
     dequantize_host,
     kernel_format,
     pack,
@@ -31,15 +33,15 @@ def quantized(config, params, name):
     """Quantised parameters, and float32 ones of the same values, made with numpy."""
     weights = parse_weights(name)
     spec, target = model_spec(config, jnp.float32), model_spec(config, jnp.float32, weights)
-    small, wide = {}, {}
-    for path, array in params.items():
-        if f"{path}_scale" not in target:
-            small[path] = wide[path] = array
-            continue
-        format = kernel_format(weights, spec[path].shape, spec[path].axes)
-        small[path], small[f"{path}_scale"] = quantize(array, format)
-        scale = np.expand_dims(np.asarray(small[f"{path}_scale"]), format.summed)
-        wide[path] = jnp.asarray((np.asarray(small[path]).astype(np.float32) * scale).reshape(array.shape))
+    formats = {
+        path: kernel_format(weights, spec[path].shape, spec[path].axes) for path in spec if f"{path}_scale" in target
+    }
+    pairs = jax.jit(lambda params: {path: quantize(params[path], format) for path, format in formats.items()})(params)
+    small, wide = dict(params), dict(params)
+    for path, (q, scale) in pairs.items():
+        small[path], small[f"{path}_scale"] = q, scale
+        spread = np.expand_dims(np.asarray(scale), formats[path].summed)
+        wide[path] = jnp.asarray((np.asarray(q).astype(np.float32) * spread).reshape(params[path].shape))
     return weights, small, wide
 
 
@@ -176,3 +178,13 @@ def test_the_format_that_runs_is_the_checkpoints_unless_it_has_none():
         choose_weights(None, "int4", "int8")
     with pytest.raises(ValueError, match="not quantised: set engine.weights=int8"):
         choose_weights(None, None, "int8")
+
+
+def test_8_bit_activations_need_a_chip_that_multiplies_them():
+    both = choose_weights(None, "int8", "int8")
+    for kind in ("TPU v5 lite", "TPU v5", "TPU v6 lite"):
+        check_activations(both, Target("tpu", kind))
+    check_activations(both, Target("cpu", "cpu"))
+    check_activations(parse_weights("int8"), Target("tpu", "TPU v4"))
+    with pytest.raises(ValueError, match="engine.activations=int8 needs a TPU that multiplies int8 .* not TPU v4"):
+        check_activations(both, Target("tpu", "TPU v4"))
