@@ -122,7 +122,7 @@ def project(
     contracted = w.ndim - s.ndim
     assert weights is not None
     # The sum over a contraction that a mesh cuts, of o and down, goes between devices: it stays in x's dtype, as
-    # without quantisation, rather than int32. Their inputs hold the model's outliers, besides (see docs/benchmarks).
+    # without quantisation, rather than int32.
     whole = contracted == 1 and kernel.axes[0] == "embed"
     if weights.activations == 8 and whole:
         q, row = quantize_rows(x)
