@@ -44,7 +44,7 @@ from qwq_jax.checkpoint.manifest import FORMAT_VERSION, QUANTIZED_VERSION, Manif
 from qwq_jax.checkpoint.quantized import stored_spec
 from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.weights import WeightFormat
-from qwq_jax.model.quantize import SCALE, kernel_format, quantize, unpack
+from qwq_jax.model.quantize import SCALE, held_dtype, kernel_format, quantize, unpack
 from qwq_jax.model.spec import ArraySpec, model_spec
 from qwq_jax.sharding import Layout
 
@@ -323,11 +323,12 @@ def _unpacked_on_devices(
     checkpoint: Checkpoint, layout: Layout | None, params: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
     programs: dict[str, Any] = {}  # those of one layer serve all
+    dtype = held_dtype(4, _platform(layout))
     for name, spec in model_spec(checkpoint.config, weights=checkpoint.manifest.weights).items():
         if spec.dtype == "int4":
             kind = name.split(".")[-1]
             if kind not in programs:
-                programs[kind] = jax.jit(unpack, out_shardings=_sharding(layout, spec))
+                programs[kind] = jax.jit(partial(unpack, dtype=dtype), out_shardings=_sharding(layout, spec))
             params[name] = jax.block_until_ready(programs[kind](params.pop(name)))
     return params
 
@@ -348,7 +349,8 @@ def _quantized_on_devices(
             if kind not in programs:
                 places = tuple(_sharding(layout, target[path]) for path in (name, name + SCALE))
                 format = kernel_format(weights, spec[name].shape, spec[name].axes)
-                programs[kind] = jax.jit(partial(quantize, format=format), out_shardings=places)
+                dtype = held_dtype(format.bits, _platform(layout))
+                programs[kind] = jax.jit(partial(quantize, format=format, dtype=dtype), out_shardings=places)
             params[name], params[name + SCALE] = jax.block_until_ready(programs[kind](array))
     return params
 
@@ -374,6 +376,10 @@ def _restore(checkpoint: Checkpoint, layout: Layout | None, dtypes: Mapping[str,
 
 def _is_quantized(spec: Mapping[str, ArraySpec], name: str) -> bool:
     return name + SCALE in spec or name.endswith("kernel" + SCALE)
+
+
+def _platform(layout: Layout | None) -> str:
+    return (jax.local_devices()[0] if layout is None else layout.mesh.devices.flat[0]).platform
 
 
 def _sharding(layout: Layout | None, spec: ArraySpec) -> jax.sharding.Sharding:

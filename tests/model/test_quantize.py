@@ -14,6 +14,7 @@ from qwq_jax.model.params import bind, random_params
 from qwq_jax.model.quantize import (
     check_activations,
     dequantize_host,
+    grouped_product,
     kernel_format,
     pack,
     quantize,
@@ -21,6 +22,7 @@ from qwq_jax.model.quantize import (
     quantize_rows,
     unpack,
     unpack_host,
+    widened_product,
 )
 from qwq_jax.model.spec import model_spec
 from qwq_jax.sharding import decode_layout, make_mesh
@@ -106,6 +108,25 @@ def test_host_and_device_give_the_same_bits(rng, bits, group, largest):
     on_device = jax.jit(lambda w: quantize(w, format))(matrix.T)
     np.testing.assert_array_equal(np.asarray(on_device[0]).astype(np.int8).reshape(128, 48), q.T)
     np.testing.assert_array_equal(np.asarray(on_device[1]).reshape(-1, 48), scale.T)
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape", "axes"),
+    [
+        ("btd,dnh->btnh", (64, 4, 8), ("embed", "heads", None)),
+        ("btnh,nhd->btd", (4, 32, 24), ("heads", None, "embed")),
+        ("btf,fd->btd", (256, 24), ("mlp", "embed")),
+    ],
+)
+def test_both_products_with_4_bit_weights_are_the_same(rng, equation, shape, axes):
+    """One is what TPUs compute, one what others do; against float64."""
+    format = kernel_format(parse_weights("int4-g16"), shape, axes)
+    q, scale = quantize(jnp.asarray(rng.standard_normal(shape), jnp.float32), format)
+    x = rng.standard_normal((2, 3, *(shape[:2] if axes[0] == "heads" else shape[:1]))).astype(np.float32)
+    wide = np.asarray(q).astype(np.float64) * np.expand_dims(np.asarray(scale, np.float64), format.summed)
+    want = np.einsum(equation, x.astype(np.float64), wide.reshape(shape))
+    for product in (grouped_product, widened_product):
+        np.testing.assert_allclose(product(equation, x, q, scale), want, atol=1e-4)  # float32 sums of 256
 
 
 def test_ties_go_to_even():
