@@ -146,8 +146,8 @@ def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def held_dtype(bits: int, platform: str) -> Any:
     """The dtype in which devices of a platform hold weights of so many bits.
 
-    Only TPUs hold 4 bits as such: JAX describes a CPU's int4 arrays otherwise than its programs ask for, and refuses them
-    where a program was compiled ahead.
+    Only TPUs hold 4 bits as such: JAX describes a CPU's int4 arrays otherwise than its programs ask for, and refuses
+    them where a program was compiled ahead.
     """
     return DTYPES[bits] if platform == "tpu" else jnp.int8
 
