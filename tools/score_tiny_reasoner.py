@@ -1,6 +1,7 @@
 """Share of held-out problems that a checkpoint solves, with its standard error.
 
 python -m tools.score_tiny_reasoner CHECKPOINT [--count 512] [--seed 3] [--samples 1] [--temperature 0.6]
+    [--weights int8] [--activations int8] [--cache-dtype int8]
 """
 
 import argparse
@@ -45,7 +46,15 @@ class Score:
         return sum(self.shares) / len(self.shares)
 
 
-def score(checkpoint: str, count: int, *, seed: int = 3, samples: int = 1, temperature: float = 0.6) -> Score:
+def score(
+    checkpoint: str,
+    count: int,
+    *,
+    seed: int = 3,
+    samples: int = 1,
+    temperature: float = 0.6,
+    config: EngineConfig = ENGINE,
+) -> Score:
     """Samples answers to held-out problems of the levels it was trained on, and marks them."""
     tokenizer = ChatTokenizer.from_directory(checkpoint)
     asked = list(itertools.islice(problems(seed, split=Split.HELD_OUT, levels=LEVELS), count))
@@ -54,7 +63,7 @@ def score(checkpoint: str, count: int, *, seed: int = 3, samples: int = 1, tempe
         Request(str(i), tuple(tokenizer.apply_template(problem.messages()[:1])), params)
         for i, problem in enumerate(asked)
     ]
-    engine = Engine.from_checkpoint(checkpoint, mesh=MeshConfig(), config=ENGINE)
+    engine = Engine.from_checkpoint(checkpoint, mesh=MeshConfig(), config=config)
     marks: list[list[bool]] = [[] for _ in asked]
     lengths = []
     for completion in engine.generate(requests):
@@ -72,8 +81,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=3, help="of the problems")
     parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--weights", help="such as int8; see qwq_jax.config.weights")
+    parser.add_argument("--activations", choices=["int8"])
+    parser.add_argument("--cache-dtype")
     args = parser.parse_args()
-    result = score(args.checkpoint, args.count, seed=args.seed, samples=args.samples, temperature=args.temperature)
+    formats = {"weights": args.weights, "activations": args.activations, "cache_dtype": args.cache_dtype}
+    result = score(
+        args.checkpoint,
+        args.count,
+        seed=args.seed,
+        samples=args.samples,
+        temperature=args.temperature,
+        config=EngineConfig(**{**ENGINE.model_dump(), **formats}),
+    )
     shares, mean = result.shares, result.pass_at_1
     error = math.sqrt(sum((share - mean) ** 2 for share in shares)) / len(shares)
     print(f"pass@1 {mean:.3f} +- {error:.3f} ({len(shares)} problems, {args.samples} samples each)")

@@ -44,7 +44,7 @@ from qwq_jax.checkpoint.manifest import FORMAT_VERSION, QUANTIZED_VERSION, Manif
 from qwq_jax.checkpoint.quantized import stored_spec
 from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.weights import WeightFormat
-from qwq_jax.model.quantize import SCALE, kernel_format, quantize, unpack
+from qwq_jax.model.quantize import SCALE, held_dtype, kernel_format, quantize, unpack
 from qwq_jax.model.spec import ArraySpec, model_spec
 from qwq_jax.sharding import Layout
 
@@ -302,7 +302,7 @@ def restore_params(
     """
     stored = checkpoint.manifest.weights
     if stored is not None and (weights is None or weights.stored != stored):
-        wanted = "full precision" if weights is None else f"{weights.name} weights"
+        wanted = "weights of full precision" if weights is None else f"{weights.name} weights"
         raise ValueError(
             f"{checkpoint.path} holds {stored.name} weights, where {wanted} are needed: use the checkpoint that it was "
             "made from"
@@ -314,14 +314,23 @@ def restore_params(
     }
     if weights is None:
         return _restore(checkpoint, layout, dtypes)
-    target = model_spec(checkpoint.config, weights=weights)
-    if stored is not None:
-        params = _restore(checkpoint, layout, dtypes)
-        for name in [name for name, array in target.items() if array.dtype == "int4"]:
-            made = jax.jit(unpack, out_shardings=_sharding(layout, target[name]))
-            params[name] = jax.block_until_ready(made(params.pop(name)))
-        return params
-    return _quantized_on_devices(checkpoint, layout, dtypes, weights)
+    if stored is None:
+        return _quantized_on_devices(checkpoint, layout, dtypes, weights)
+    return _unpacked_on_devices(checkpoint, layout, _restore(checkpoint, layout, dtypes))
+
+
+def _unpacked_on_devices(
+    checkpoint: Checkpoint, layout: Layout | None, params: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    programs: dict[str, Any] = {}  # those of one layer serve all
+    dtype = held_dtype(4, _platform(layout))
+    for name, spec in model_spec(checkpoint.config, weights=checkpoint.manifest.weights).items():
+        if spec.dtype == "int4":
+            kind = name.split(".")[-1]
+            if kind not in programs:
+                programs[kind] = jax.jit(partial(unpack, dtype=dtype), out_shardings=_sharding(layout, spec))
+            params[name] = jax.block_until_ready(programs[kind](params.pop(name)))
+    return params
 
 
 def _quantized_on_devices(
@@ -329,7 +338,7 @@ def _quantized_on_devices(
 ) -> dict[str, jax.Array]:
     spec, target = checkpoint.spec, model_spec(checkpoint.config, weights=weights)
     params: dict[str, jax.Array] = {}
-    programs: dict[str, Any] = {}  # those of one layer serve all
+    programs: dict[str, Any] = {}
     for names in _by_layer(spec):
         own = {name: spec[name].dtype if name + SCALE in target else dtypes[name] for name in names}
         for name, array in _restore(checkpoint, layout, own).items():
@@ -340,7 +349,8 @@ def _quantized_on_devices(
             if kind not in programs:
                 places = tuple(_sharding(layout, target[path]) for path in (name, name + SCALE))
                 format = kernel_format(weights, spec[name].shape, spec[name].axes)
-                programs[kind] = jax.jit(partial(quantize, format=format), out_shardings=places)
+                dtype = held_dtype(format.bits, _platform(layout))
+                programs[kind] = jax.jit(partial(quantize, format=format, dtype=dtype), out_shardings=places)
             params[name], params[name + SCALE] = jax.block_until_ready(programs[kind](array))
     return params
 
@@ -374,6 +384,10 @@ def _restore(checkpoint: Checkpoint, layout: Layout | None, dtypes: Mapping[str,
 
 def _is_quantized(spec: Mapping[str, ArraySpec], name: str) -> bool:
     return name + SCALE in spec or name.endswith("kernel" + SCALE)
+
+
+def _platform(layout: Layout | None) -> str:
+    return (jax.local_devices()[0] if layout is None else layout.mesh.devices.flat[0]).platform
 
 
 def _sharding(layout: Layout | None, spec: ArraySpec) -> jax.sharding.Sharding:

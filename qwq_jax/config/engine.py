@@ -20,7 +20,8 @@ class EngineConfig(Frozen):
         max_context: Longest prompt plus completion. ``None`` takes the model's own limit.
         prefill_chunk: Prompt tokens of one sequence that one prefill step computes.
         max_prefill_sequences: Sequences that one prefill step computes, per data replica.
-        decode_window: Tokens that a sequence draws before the host looks at them.
+        decode_window: Tokens that a sequence draws before the host looks at them; a stream comes in parts so long.
+            ``None`` takes 16, and 1 on tpu7x, where the loop would hold the weights a second time.
         draft_tokens: Tokens that prompt lookup guesses at once, to be checked in one step; 0 is off. Lossless.
         prefix_cache: Whether requests that begin alike share pages, and pages are kept for later ones.
         compute_dtype: Type of weights and activations on the device.
@@ -38,7 +39,7 @@ class EngineConfig(Frozen):
     max_context: PositiveInt | None = None
     prefill_chunk: PositiveInt = 256
     max_prefill_sequences: PositiveInt = 4
-    decode_window: PositiveInt = 16
+    decode_window: PositiveInt | None = None
     draft_tokens: int = Field(default=0, ge=0, le=15)
     prefix_cache: bool = True
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"

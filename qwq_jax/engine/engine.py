@@ -29,6 +29,8 @@ from qwq_jax.engine.runner import DeviceRunner, usual_programs
 from qwq_jax.engine.scheduler import Scheduler
 from qwq_jax.engine.step import Draws, Runner, Schedule, StepPlan, StepResult, Work
 from qwq_jax.engine.thoughts import Thoughts
+from qwq_jax.model.attention import target_of
+from qwq_jax.model.quantize import check_activations
 from qwq_jax.sharding import decode_layout, make_mesh
 
 ONE_DEVICE = MeshConfig()
@@ -98,6 +100,7 @@ class Engine:
         checkpoint = open_checkpoint(path)
         layout = decode_layout(make_mesh(mesh, devices))
         weights = choose_weights(checkpoint.manifest.weights, config.weights, config.activations)
+        check_activations(weights, target_of(layout))
         params = restore_params(checkpoint, layout, config.compute_dtype, weights=weights)
         runner = DeviceRunner(checkpoint.config, params, layout, config, weights)
         return cls(runner, checkpoint.config.vocab_size, checkpoint.config.eos_token_ids, run_seed)

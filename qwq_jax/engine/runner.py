@@ -28,6 +28,10 @@ _CACHE_SHARE_OF_DEVICE = 0.9
 _CACHE_SHARE_OF_HOST = 0.25
 # See `EngineShape.growth`: a TPU compiles for longer, a CPU computes for longer, and reads tables as wide as they are.
 _GROWTH_ON_TPU, _GROWTH_ELSEWHERE = 8, 2
+# Tokens a call: enough to hide the host, few enough that an early end wastes little.
+_WINDOW = 16
+# There the compiler copies weights that a loop reads into another tiling, all of them: a call draws one token.
+_NO_LOOP = "TPU7x"
 
 
 class DeviceRunner:
@@ -146,7 +150,7 @@ def engine_shape(model: ModelConfig, layout: Layout, config: EngineConfig) -> En
             f"{cause} {room} tokens of cache, fewer than one sequence of the context of {max_context}: "
             f"set engine.max_context={room} or less"
         )
-    on_tpu = layout.mesh.devices.flat[0].platform == "tpu"
+    device = layout.mesh.devices.flat[0]
     return EngineShape(
         replicas=layout.size("replica"),
         max_sequences=config.max_sequences,
@@ -156,10 +160,10 @@ def engine_shape(model: ModelConfig, layout: Layout, config: EngineConfig) -> En
         prefill_chunk=config.prefill_chunk,
         max_prefill_sequences=config.max_prefill_sequences,
         vocab_size=model.vocab_size,
-        decode_window=config.decode_window,
+        decode_window=config.decode_window or (1 if device.device_kind.startswith(_NO_LOOP) else _WINDOW),
         drafts=config.draft_tokens,
         prefix_cache=config.prefix_cache,
-        growth=_GROWTH_ON_TPU if on_tpu else _GROWTH_ELSEWHERE,
+        growth=_GROWTH_ON_TPU if device.platform == "tpu" else _GROWTH_ELSEWHERE,
     )
 
 

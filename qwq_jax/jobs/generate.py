@@ -209,6 +209,8 @@ def _origin(
         "input": file_fingerprint(input),
         "compute_dtype": engine.compute_dtype,
         "cache_dtype": engine.cache_dtype or engine.compute_dtype,
+        "weights": engine.weights,
+        "activations": engine.activations,
         "max_context": engine.max_context or checkpoint.config.max_context,
         "sampling": sampling.model_dump(mode="json"),
         "seed": seed,

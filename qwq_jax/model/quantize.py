@@ -17,6 +17,8 @@ a dimension of the array, and never straddle the shards of a tensor axis of up t
 
 import math
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +26,13 @@ import numpy as np
 from flax import nnx
 
 from qwq_jax.config.weights import SMALLEST_GROUP, WeightFormat
+from qwq_jax.kernels.attention import Target
 from qwq_jax.sharding import Axes
 
 SCALE = "_scale"
 LARGEST = {8: 127, 4: 7}
 DTYPES = {8: jnp.int8, 4: jnp.int4}
+INT8_CHIPS = ("TPU v5", "TPU v6")  # whose matrix units multiply int8, twice as fast as bfloat16
 SHARDS = 8  # the widest tensor axis whose shards hold whole groups
 
 
@@ -84,6 +88,21 @@ def kernel_format(weights: WeightFormat, shape: tuple[int, ...], axes: Axes) -> 
     return KernelFormat(4, (contracted,), group)
 
 
+def check_activations(weights: WeightFormat | None, target: Target) -> None:
+    """Refuses 8-bit activations on a TPU that has no int8 products; a CPU computes them, if slowly.
+
+    Raises:
+        ValueError: See above.
+    """
+    if weights is None or weights.activations == 16 or target.platform != "tpu":
+        return
+    if not target.device_kind.startswith(INT8_CHIPS):
+        raise ValueError(
+            f"engine.activations=int8 needs a TPU that multiplies int8 (v5e, v5p, v6e), not {target.device_kind}; "
+            "8-bit weights alone need none"
+        )
+
+
 def project(
     equation: str, x: jax.Array, kernel: nnx.Param, scale: nnx.Param | None, weights: WeightFormat | None
 ) -> jax.Array:
@@ -100,12 +119,14 @@ def project(
     if scale is None:
         return jnp.einsum(equation, x, w.astype(x.dtype))
     s = scale[...]
-    if w.dtype == jnp.int4:
-        return _grouped(equation, x, w, s)
+    if weights is not None and weights.bits == 4:
+        # A product for each group keeps a TPU's matrix unit busy; elsewhere one wide product is several times as fast.
+        products = {"tpu": partial(grouped_product, equation), "default": partial(widened_product, equation)}
+        return jax.lax.platform_dependent(x, w, s, **products)
     contracted = w.ndim - s.ndim
-    assert weights is not None
+    assert weights is not None, "scales, but no format"
     # The sum over a contraction that a mesh cuts, of o and down, goes between devices: it stays in x's dtype, as
-    # without quantisation, rather than int32. Their inputs hold the model's outliers, besides (see docs/benchmarks).
+    # without quantisation, rather than int32.
     whole = contracted == 1 and kernel.axes[0] == "embed"
     if weights.activations == 8 and whole:
         q, row = quantize_rows(x)
@@ -122,14 +143,24 @@ def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.round(values * (1 / scale)).astype(jnp.int8), scale
 
 
-def quantize(w: jax.Array, format: KernelFormat) -> tuple[jax.Array, jax.Array]:
+def held_dtype(bits: int, platform: str) -> Any:
+    """The dtype in which devices of a platform hold weights of so many bits.
+
+    Only TPUs hold 4 bits as such: JAX describes a CPU's int4 arrays otherwise than its programs ask for, and refuses
+    them where a program was compiled ahead.
+    """
+    return DTYPES[bits] if platform == "tpu" else jnp.int8
+
+
+def quantize(w: jax.Array, format: KernelFormat, dtype: Any = None) -> tuple[jax.Array, jax.Array]:
     """A projection and its scales, from weights of any float dtype; jit it with the shardings of both.
 
-    The largest weight of a channel is sought over all shards: jax.jit sees the whole array.
+    The largest weight of a channel is sought over all shards: jax.jit sees the whole array. The dtype may be wider than
+    the format's, see `held_dtype`.
     """
     values = w.astype(jnp.float32).reshape(format.kernel(w.shape, (None,) * w.ndim)[0])
     scale = _scale(jnp.max(jnp.abs(values), axis=format.summed, keepdims=True), format.bits)
-    return jnp.round(values * (1 / scale)).astype(DTYPES[format.bits]), jnp.squeeze(scale, format.summed)
+    return jnp.round(values * (1 / scale)).astype(dtype or DTYPES[format.bits]), jnp.squeeze(scale, format.summed)
 
 
 def quantize_host(w: np.ndarray, bits: int, group: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -175,26 +206,38 @@ def unpack_host(packed: np.ndarray) -> np.ndarray:
     return out >> 4
 
 
-def unpack(packed: jax.Array) -> jax.Array:
-    """A parameter as stored, uint8 `[..., n/2]`, as int4 `[..., n]`; the low half of a byte comes first."""
+def unpack(packed: jax.Array, dtype: Any = jnp.int4) -> jax.Array:
+    """A parameter as stored, uint8 `[..., n/2]`, as `[..., n]`; the low half of a byte comes first."""
     signed = jax.lax.bitcast_convert_type(packed, jnp.int8)
     pair = jnp.stack([jnp.right_shift(jnp.left_shift(signed, 4), 4), jnp.right_shift(signed, 4)], axis=-1)
-    return pair.reshape(*packed.shape[:-1], -1).astype(jnp.int4)
+    return pair.reshape(*packed.shape[:-1], -1).astype(dtype)
 
 
-def _grouped(equation: str, x: jax.Array, w: jax.Array, s: jax.Array) -> jax.Array:
+def grouped_product(equation: str, x: jax.Array, w: jax.Array, s: jax.Array) -> jax.Array:
     """The product with 4-bit weights: one partial product a group, each times its scale, summed in float32."""
-    left, right, out = equation.replace("->", ",").split(",")
-    summed = [letter for letter in right if letter in left]
-    last, groups = summed[-1], "".join([*summed[:-1], "c"])
-    assert "c" not in equation and x.shape[-1] == math.prod(w.shape[len(summed) - 1 : len(summed) + 1])
-    split = x.reshape(*x.shape[:-1], -1, w.shape[len(summed)])
-    product = f"{left},{right}".replace(last, f"c{last}")
+    split, product, out, groups, scales = _with_groups(equation, x, w)
     parts = jnp.einsum(f"{product}->{groups}{out}", split, w.astype(x.dtype), preferred_element_type=jnp.float32)
-    scales = right.replace(last, "c")
     # Between devices the sum travels in x's dtype, as without quantisation.
     precise = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": x.dtype}
     return jnp.einsum(f"{groups}{out},{scales}->{out}", parts, s, **precise)
+
+
+def widened_product(equation: str, x: jax.Array, w: jax.Array, s: jax.Array) -> jax.Array:
+    """The same with the weights turned back first."""
+    split, product, out, groups, _ = _with_groups(equation, x, w)
+    wide = w.astype(jnp.float32) * jnp.expand_dims(s, len(groups))
+    return jnp.einsum(f"{product}->{out}", split, wide.astype(x.dtype))
+
+
+def _with_groups(equation: str, x: jax.Array, w: jax.Array) -> tuple[jax.Array, str, str, str, str]:
+    """`x` with its last dimension in groups, `c`, and the letters of both operands, the result, groups and scales."""
+    left, right, out = equation.replace("->", ",").split(",")
+    summed = [letter for letter in right if letter in left]
+    last = summed[-1]
+    assert "c" not in equation and x.shape[-1] == math.prod(w.shape[len(summed) - 1 : len(summed) + 1])
+    split = x.reshape(*x.shape[:-1], -1, w.shape[len(summed)])
+    product = f"{left},{right}".replace(last, f"c{last}")
+    return split, product, out, "".join([*summed[:-1], "c"]), right.replace(last, "c")
 
 
 def _scale(largest: jax.Array, bits: int) -> jax.Array:

@@ -78,11 +78,18 @@ def test_thoughts_are_closed_and_continued_at_their_bounds(bounds: dict[str, int
 
 
 def test_tokens_put_in_get_pages_where_no_more_may_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The prompt fills its pages, and what is put in goes beyond the bound up to which tokens are drawn."""
-    monkeypatch.setattr("tests.engine.test_engine.next_token", lambda prefix, seed: MARKS.close)
-    plain = make_request("r", 8, max_tokens=6, min_thinking_tokens=1, max_thinking_tokens=1)
+    """The prompt and one token fill its pages, and the tokens that end the thoughts come after the bound on these."""
+    monkeypatch.setattr("tests.engine.test_engine.next_token", lambda prefix, seed: 7)
+    plain = make_request("r", 7, max_tokens=6, max_thinking_tokens=1)
     completion = run(replace(plain, thinking=MARKS), shape_of(replicas=1))
-    assert completion.token_ids == (*MARKS.continuation, *[MARKS.close] * 4) and completion.forced == (0, 1)
+    assert completion.token_ids == (7, *MARKS.closing, 7, 7) and completion.forced == (1, 2, 3)
+
+
+def test_a_continuation_goes_not_beyond_the_longest_thoughts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.engine.test_engine.next_token", lambda prefix, seed: MARKS.close)
+    plain = make_request("r", 8, max_tokens=9, min_thinking_tokens=4, max_thinking_tokens=4)
+    completion = run(replace(plain, thinking=MARKS), shape_of(replicas=1))
+    assert completion.token_ids == (*MARKS.continuation, *[MARKS.close] * 7)
 
 
 def test_bounds_that_cannot_be_kept_are_refused() -> None:

@@ -8,10 +8,13 @@ import pytest
 from qwq_jax.config.engine import EngineConfig
 from qwq_jax.config.mesh import MeshConfig
 from qwq_jax.config.weights import WeightFormat, choose_weights, parse_weights
+from qwq_jax.kernels.attention import Target
 from qwq_jax.model.attention import causal_attend
 from qwq_jax.model.params import bind, random_params
 from qwq_jax.model.quantize import (
+    check_activations,
     dequantize_host,
+    grouped_product,
     kernel_format,
     pack,
     quantize,
@@ -19,6 +22,7 @@ from qwq_jax.model.quantize import (
     quantize_rows,
     unpack,
     unpack_host,
+    widened_product,
 )
 from qwq_jax.model.spec import model_spec
 from qwq_jax.sharding import decode_layout, make_mesh
@@ -31,15 +35,15 @@ def quantized(config, params, name):
     """Quantised parameters, and float32 ones of the same values, made with numpy."""
     weights = parse_weights(name)
     spec, target = model_spec(config, jnp.float32), model_spec(config, jnp.float32, weights)
-    small, wide = {}, {}
-    for path, array in params.items():
-        if f"{path}_scale" not in target:
-            small[path] = wide[path] = array
-            continue
-        format = kernel_format(weights, spec[path].shape, spec[path].axes)
-        small[path], small[f"{path}_scale"] = quantize(array, format)
-        scale = np.expand_dims(np.asarray(small[f"{path}_scale"]), format.summed)
-        wide[path] = jnp.asarray((np.asarray(small[path]).astype(np.float32) * scale).reshape(array.shape))
+    formats = {
+        path: kernel_format(weights, spec[path].shape, spec[path].axes) for path in spec if f"{path}_scale" in target
+    }
+    pairs = jax.jit(lambda params: {path: quantize(params[path], format) for path, format in formats.items()})(params)
+    small, wide = dict(params), dict(params)
+    for path, (q, scale) in pairs.items():
+        small[path], small[f"{path}_scale"] = q, scale
+        spread = np.expand_dims(np.asarray(scale), formats[path].summed)
+        wide[path] = jnp.asarray((np.asarray(q).astype(np.float32) * spread).reshape(params[path].shape))
     return weights, small, wide
 
 
@@ -104,6 +108,25 @@ def test_host_and_device_give_the_same_bits(rng, bits, group, largest):
     on_device = jax.jit(lambda w: quantize(w, format))(matrix.T)
     np.testing.assert_array_equal(np.asarray(on_device[0]).astype(np.int8).reshape(128, 48), q.T)
     np.testing.assert_array_equal(np.asarray(on_device[1]).reshape(-1, 48), scale.T)
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape", "axes"),
+    [
+        ("btd,dnh->btnh", (64, 4, 8), ("embed", "heads", None)),
+        ("btnh,nhd->btd", (4, 32, 24), ("heads", None, "embed")),
+        ("btf,fd->btd", (256, 24), ("mlp", "embed")),
+    ],
+)
+def test_both_products_with_4_bit_weights_are_the_same(rng, equation, shape, axes):
+    """One is what TPUs compute, one what others do; against float64."""
+    format = kernel_format(parse_weights("int4-g16"), shape, axes)
+    q, scale = quantize(jnp.asarray(rng.standard_normal(shape), jnp.float32), format)
+    x = rng.standard_normal((2, 3, *(shape[:2] if axes[0] == "heads" else shape[:1]))).astype(np.float32)
+    wide = np.asarray(q).astype(np.float64) * np.expand_dims(np.asarray(scale, np.float64), format.summed)
+    want = np.einsum(equation, x.astype(np.float64), wide.reshape(shape))
+    for product in (grouped_product, widened_product):
+        np.testing.assert_allclose(product(equation, x, q, scale), want, atol=1e-4)  # float32 sums of 256
 
 
 def test_ties_go_to_even():
@@ -176,3 +199,13 @@ def test_the_format_that_runs_is_the_checkpoints_unless_it_has_none():
         choose_weights(None, "int4", "int8")
     with pytest.raises(ValueError, match="not quantised: set engine.weights=int8"):
         choose_weights(None, None, "int8")
+
+
+def test_8_bit_activations_need_a_chip_that_multiplies_them():
+    both = choose_weights(None, "int8", "int8")
+    for kind in ("TPU v5 lite", "TPU v5", "TPU v6 lite"):
+        check_activations(both, Target("tpu", kind))
+    check_activations(both, Target("cpu", "cpu"))
+    check_activations(parse_weights("int8"), Target("tpu", "TPU v4"))
+    with pytest.raises(ValueError, match="engine.activations=int8 needs a TPU that multiplies int8 .* not TPU v4"):
+        check_activations(both, Target("tpu", "TPU v4"))

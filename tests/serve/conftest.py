@@ -15,7 +15,13 @@ from qwq_jax.jobs.serve import TokenizerCodec
 from tests.serve.live import Live, running
 
 ENGINE = EngineConfig(
-    max_sequences=8, page_size=128, max_context=256, prefill_chunk=32, max_prefill_sequences=4, compute_dtype="float32"
+    decode_window=4,
+    max_sequences=8,
+    page_size=128,
+    max_context=256,
+    prefill_chunk=32,
+    max_prefill_sequences=4,
+    compute_dtype="float32",
 )
 
 
