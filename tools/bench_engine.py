@@ -273,14 +273,14 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[Runner], li
     notes = [f"greedy tokens of {min(CHECKED, options.requests)} requests checked: each the likeliest of transformers'"]
     runners = [Runner("qwq_jax", lambda: ignore(serve(engine, work)), work.tokens)]
     for size in options.batches:
-        for by_length in (False, True) if size > 1 else (False,):
+        for by_length in options.orders if size > 1 else (False,):
             name = f"transformers, batches of {size}{', sorted by length' if by_length else ''}"
             part = Workload(work.prompts[: options.single], work.lengths[: options.single]) if size == 1 else work
             run = lambda part=part, size=size, by=by_length: generate_batches(model, part, size, by)  # noqa: E731
             runners.append(Runner(name, run, part.tokens))
     other = load_peer(folder / "source")  # of its own, because it changes the model's attention
     continuous = Runner("transformers, continuous batching", lambda: generate_continuously(other, work), work.tokens)
-    refused = attempt(continuous)
+    refused = "left out" if options.no_continuous else attempt(continuous)
     runners += [] if refused else [continuous]
     notes += [f"transformers' continuous batching does not run here: {refused}"] if refused else []
     take_turns(runners, options.repetitions)
@@ -396,6 +396,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--stream", type=int, default=128, help="tokens of the single stream")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch")
+    parser.add_argument("--no-continuous", action="store_true", help="leave transformers' continuous batching out")
+    parser.add_argument("--sorted", dest="orders", action="store_const", const=(True,), default=(False, True),
+                        help="batches sorted by length only, which are the quicker ones")  # fmt: skip
     parser.add_argument("--no-start", action="store_true", help="leave the warm start out")
     parser.add_argument("--write", type=Path, help="a markdown file")
     parser.add_argument("--workdir", type=Path, help="where the model is put and left; else somewhere temporary")

@@ -16,9 +16,10 @@ class EngineConfig(Frozen):
     Attributes:
         max_sequences: Rows of the decode step, per data replica.
         page_size: Tokens in one page of the key-value cache.
-        num_pages: Pages per data replica. ``None`` gives every row room for `max_context` tokens.
+        num_pages: Pages per data replica. ``None`` gives every row room for `max_context` tokens, as far as there is
+            memory.
         max_context: Longest prompt plus completion. ``None`` takes the model's own limit.
-        prefill_chunk: Prompt tokens of one sequence that one prefill step computes.
+        prefill_chunk: Prompt tokens that one step computes, of all sequences of a data replica.
         max_prefill_sequences: Sequences that one prefill step computes, per data replica.
         decode_window: Tokens that a sequence draws before the host looks at them; a stream comes in parts so long.
             ``None`` takes 16, and 1 on tpu7x, where the loop would hold the weights a second time.

@@ -139,7 +139,8 @@ class StepBuilder:
         if program.prefill_tokens:
             _fill_prefill(arrays, schedule)
         for replica, row, work in _sampled(schedule, D):
-            _fill_edits(arrays, program, replica, row, work)
+            if work.draws:  # the others are not sampled, and the sizes are not theirs
+                _fill_edits(arrays, program, replica, row, work)
         return StepPlan(program, arrays)
 
     def _program(self, schedule: Schedule) -> Program:
@@ -159,7 +160,7 @@ class StepBuilder:
             drafts=shape.drafts if any(work.drafts for work in works) else 0,
             stop_ids=FEW_STOPS if all(len(s.stop_token_ids) <= FEW_STOPS for s in sampled) else MANY_STOPS,
             bias=_power_of_two(max((len(p.logit_bias) for p in params), default=0)),
-            history=_power_of_two(max(penalised) + shape.decode_window) if penalised else 0,
+            history=_power_of_two(max(penalised)) if penalised else 0,
             top=any(p.top_logprobs for p in params) or any(_scores(work) for work in works),
             floor=any(work.first_draw < _floor(work.sequence) for work in works),
             mask=any(s.hooks.mask is not None and s.hooks.mask.active for s in sampled),
@@ -277,7 +278,7 @@ def _scores(work: Work) -> bool:
 
 def _floor(sequence: Sequence) -> int:
     """The first position of a token that may end the sequence."""
-    return len(sequence.request.prompt_token_ids) + sequence.request.params.min_tokens
+    return min(sequence.limit, len(sequence.request.prompt_token_ids) + sequence.request.params.min_tokens)
 
 
 def _power_of_two(count: int) -> int:

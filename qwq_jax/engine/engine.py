@@ -147,6 +147,14 @@ class Engine:
                 f"({shape.num_pages} pages of {shape.page_size}): give the engine more pages"
             )
 
+        named = {
+            "stop_token_ids": request.params.stop_token_ids,
+            "logit_bias": [t for t, _ in request.params.logit_bias],
+        }
+        for name, ids in named.items():
+            strange = next((token for token in ids if token >= self.vocab_size), None)
+            if strange is not None:
+                raise ValueError(f"{name}: token id {strange} is not in the vocabulary of {self.vocab_size}")
         _check_thinking(request, min(request.params.max_tokens, shape.context - len(prompt)))
 
     def add(self, request: Request, hooks: HooksFactory | None = None) -> None:

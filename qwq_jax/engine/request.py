@@ -209,6 +209,14 @@ class Sequence:
             self._force(forced.tokens)
         return reason
 
+    @property
+    def first_unscored(self) -> int | None:
+        """Position of the first token whose log-probability is wanted and unknown."""
+        start = len(self.request.prompt_token_ids)
+        prompt = (at for at, entry in enumerate(self.prompt_logprobs or ()) if at and entry is None)
+        forced = (start + at for at in self.forced if self.logprobs and self.logprobs[at] is None)
+        return next(prompt, next(forced, None))
+
     def wants_score(self, position: int) -> bool:
         """Whether the log-probability of the token at a position is wanted and unknown."""
         entries, index = self._entries(position)

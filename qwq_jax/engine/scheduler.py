@@ -163,7 +163,11 @@ class Scheduler:
             if not choices:
                 return
             _, _, replica, shared = max(choices, key=lambda choice: (*choice[:2], -choice[2].index))
-            if len(shared) < len(sequence.digests) and sequence.digests[len(shared)] in computing[replica.index]:
+            if (
+                sequence.first_unscored is None
+                and len(shared) < len(sequence.digests)
+                and sequence.digests[len(shared)] in computing[replica.index]
+            ):
                 continue  # a sequence that runs is about to know the page that this one would compute as well
             self._waiting.remove(sequence)
             replica.enter(sequence, shared, total - len(shared))
@@ -176,9 +180,10 @@ class Scheduler:
         if not self._shape.prefix_cache:
             return []
         extend_digests(sequence.digests, sequence.tokens, self._shape.page_size)
-        if sequence.prompt_logprobs is not None:
-            return []  # each prompt token has to be computed for them
-        return replica.pool.find(sequence.digests[: (len(sequence.tokens) - 1) // self._shape.page_size])
+        # A token is scored when the one before it is computed.
+        known = sequence.first_unscored
+        known = len(sequence.tokens) - 1 if known is None else known - 1
+        return replica.pool.find(sequence.digests[: known // self._shape.page_size])
 
     def _computing(self, replica: _Replica) -> set[bytes]:
         """Digests of the pages that prompts under way will fill."""
@@ -218,9 +223,9 @@ class Scheduler:
     def _speculate(self, ready: list[list[Sequence]]) -> tuple[tuple[Work, ...], ...] | None:
         """Guesses for the sequences that decode; None if too few have any to forgo a window of several tokens."""
         everyone = [sequence for each in ready for sequence in each]
-        if any(sequence.ahead for sequence in everyone):
+        if any(sequence.ahead or sequence.step_by_step for sequence in everyone):
             return None
-        drafts = {s.arrival: s.lookup.propose(s.tokens, self._guesses(s)) for s in everyone}
+        drafts = {s.arrival: s.lookup.propose(s.tokens, min(self._shape.drafts, s.horizon - 1)) for s in everyone}
         if not everyone or sum(map(bool, drafts.values())) * 4 < len(everyone):
             return None
         guessed: list[tuple[Work, ...]] = []
@@ -237,10 +242,6 @@ class Scheduler:
                 sequence.ahead += length
             guessed.append(tuple(works))
         return tuple(guessed)
-
-    def _guesses(self, sequence: Sequence) -> int:
-        """How many tokens may be guessed: none where a token changes how the next is drawn."""
-        return 0 if sequence.step_by_step else min(self._shape.drafts, sequence.horizon - 1)
 
     def _decode(self, replica: _Replica, ready: list[Sequence], window: int) -> tuple[Work, ...]:
         works: list[Work] = []

@@ -15,12 +15,14 @@ class ThinkingTokens:
     Attributes:
         close: The token that ends them, `</think>`.
         closing: What is put in when `max_thinking_tokens` are spent; holds `close`.
+        open: The token that begins them, where the model may leave them out; None where the prompt has begun them.
         continuation: What replaces a `close` that comes before `min_thinking_tokens`, such as a line break and "Wait".
     """
 
     close: int
     closing: tuple[int, ...]
     continuation: tuple[int, ...]
+    open: int | None = None
 
 
 class Growing(Protocol):
@@ -72,6 +74,9 @@ class Thoughts:
         if not self.open:
             return None
         length = len(sequence.tokens)
+        if length == self.start and self.marks.open is not None and token != self.marks.open:
+            self.open = False
+            return None
         room = sequence.limit - length
         if token == self.marks.close or ends:
             # The token itself is dropped, so it does not count.

@@ -90,7 +90,13 @@ def _thinking_tokens(params: SamplingParams, prompt: Sequence[int], tokenizer: C
         raise ValueError(f"{field}: the tokenizer has no token {THINK_CLOSE}, so that thoughts cannot be bounded")
     if _place(params, prompt, tokenizer) is Place.ANSWER:
         raise ValueError(f"{field}: the prompt does not end in {THINK_OPEN}, so that there are no thoughts to bound")
-    return ThinkingTokens(close[0], tuple(tokenizer.encode(_CLOSING)), tuple(tokenizer.encode(_CONTINUATION)))
+    clash = next((stop for stop in params.stop if stop in _CLOSING or stop in _CONTINUATION), None)
+    if clash is not None or close[0] in params.stop_token_ids:
+        raise ValueError(
+            f"{field}: what is put in to bound the thoughts holds the stop {clash or THINK_CLOSE!r}: leave one out"
+        )
+    opened = tokenizer.encode(THINK_OPEN)[0] if _place(params, prompt, tokenizer) is Place.START else None
+    return ThinkingTokens(close[0], tuple(tokenizer.encode(_CLOSING)), tuple(tokenizer.encode(_CONTINUATION)), opened)
 
 
 def _place(params: SamplingParams, prompt: Sequence[int], tokenizer: ChatTokenizer) -> Place:
@@ -123,10 +129,14 @@ def with_special_stops(params: SamplingParams, tokenizer: ChatTokenizer) -> Samp
 
 
 class StopStrings:
-    """Watches the text of one sequence as its tokens come; the engine's `StopChecker`."""
+    """Watches the text of one sequence as its tokens come; the engine's `StopChecker`.
 
-    def __init__(self, detokenizer: IncrementalDetokenizer, stop: Sequence[str]) -> None:
+    The text of the first `passed` tokens, which cannot end it, is passed over.
+    """
+
+    def __init__(self, detokenizer: IncrementalDetokenizer, stop: Sequence[str], passed: int = 0) -> None:
         self._detokenizer = detokenizer
+        self._passed = passed
         self._stop = tuple(stop)
         self._overlap = max(map(len, stop)) - 1
         self._tail = ""
@@ -134,6 +144,9 @@ class StopStrings:
     def push(self, token_id: int) -> bool:
         """Takes the next token; True once a stop string is complete."""
         text = self._tail + self._detokenizer.push(token_id)
+        if self._passed:
+            self._passed -= 1
+            return False
         self._tail = text[-self._overlap :] if self._overlap else ""
         return any(stop in text for stop in self._stop)
 
@@ -141,7 +154,7 @@ class StopStrings:
 def hooks_of(tokenizer: ChatTokenizer, request: Request) -> Hooks:
     """What watches one sample of a request: its text for stop strings, its answer for the form it has to have."""
     params = request.params
-    stop = StopStrings(tokenizer.detokenizer(), params.stop) if params.stop else None
+    stop = StopStrings(tokenizer.detokenizer(), params.stop, too_early(params)) if params.stop else None
     if params.constraint is None:
         return Hooks(stop)
     grammar = compile_grammar(tokenizer, params.constraint)
@@ -155,7 +168,9 @@ def choice_of(completion: Completion, request: Request, tokenizer: ChatTokenizer
     Raises:
         ValueError: A log-probability that was asked for is not a number, for which JSON has no word.
     """
-    text = _before(tokenizer.decode(completion.token_ids), request.params.stop)
+    passed, detokenizer = completion.token_ids[: too_early(request.params)], tokenizer.detokenizer()
+    free = "".join(detokenizer.push(token) for token in passed) if request.params.stop else ""
+    text = _before(tokenizer.decode(completion.token_ids), request.params.stop, len(free))
     opened = prompt_opens_thinking(request.prompt_token_ids, tokenizer)
     reasoning, content = split_thinking(text, opened)
     return Choice(
@@ -177,8 +192,13 @@ def prompt_opens_thinking(prompt: Sequence[int], tokenizer: ChatTokenizer) -> bo
     return tokenizer.decode(prompt[-_TAIL:]).rstrip().endswith(THINK_OPEN)
 
 
-def _before(text: str, stop: Sequence[str]) -> str:
-    found = [at for at in (text.find(each) for each in stop) if at >= 0]
+def too_early(params: SamplingParams) -> int:
+    """How many tokens come before the first that may end a completion."""
+    return max(params.min_tokens - 1, 0)
+
+
+def _before(text: str, stop: Sequence[str], start: int) -> str:
+    found = [at for at in (text.find(each, start) for each in stop) if at >= 0]
     return text[: min(found)] if found else text
 
 

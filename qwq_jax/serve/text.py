@@ -77,6 +77,7 @@ class SampleText:
         self._codec = codec
         self._detokenizer = codec.detokenizer()
         self._stop = StopHold(request.params.stop)
+        self._min_tokens = request.params.min_tokens
         self._splitter = ThinkingSplitter(opened=codec.opens_thinking(request.prompt_token_ids))
         self._split = split
         self._length = 0
@@ -89,7 +90,9 @@ class SampleText:
         self._ready.tokens.append(PlacedToken(token, self._length))
         text = self._detokenizer.push(token.token_id)
         self._length += len(text)
-        self._add(self._stop.push(text))
+        # What comes before the first token that may end the sample is no stop string.
+        early = len(self._token_ids) < self._min_tokens
+        self._add(text if early else self._stop.push(text))
 
     def finish(self) -> None:
         """Takes note that no token follows."""

@@ -101,6 +101,54 @@ def test_bounds_that_cannot_be_kept_are_refused() -> None:
         engine.check(Request("r", (1,), params, thinking=MARKS))
 
 
+@pytest.mark.parametrize("fields", [{"stop_token_ids": (2**32,)}, {"logit_bias": {str(VOCAB): 1.0}}])
+def test_tokens_outside_the_vocabulary_are_refused(fields: dict[str, object]) -> None:
+    params = SamplingParams.model_validate({"max_tokens": 3, **fields})
+    with pytest.raises(ValueError, match=f"is not in the vocabulary of {VOCAB}"):
+        engine_of(shape_of()).check(Request("r", (1,), params))
+
+
+def test_the_greatest_least_length_is_that_of_the_context() -> None:
+    request = make_request("r", 4, max_tokens=3 * 10**9, min_tokens=3 * 10**9, ignore_eos=True)
+    assert len(run(request, shape_of()).token_ids) == 36
+
+
+def test_a_long_prompt_in_chunks_runs_beside_others_whose_logits_are_edited() -> None:
+    engine = engine_of(shape_of(replicas=1, max_context=200, num_pages=100))
+    edits = {"presence_penalty": 1.0, "ignore_eos": True, "max_tokens": 30}
+    requests = [
+        make_request("a", 3, **edits, logit_bias={"1": 1.0}),
+        make_request("b", 120, **edits, logit_bias={str(token): 1.0 for token in range(40)}),
+    ]
+    assert {len(completion.token_ids) for completion in engine.generate(requests)} == {30}
+
+
+def test_no_guesses_are_made_beside_a_row_that_the_host_must_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.engine.test_engine.next_token", lambda prefix, seed: (prefix[-1] + 1) % 5)
+    engine = engine_of(shape_of(replicas=1, max_context=100, num_pages=60, drafts=3))
+    requests = [make_request("p", 9, max_tokens=40, ignore_eos=True)]
+    requests.append(make_request("q", 9, max_tokens=20, presence_penalty=0.5, ignore_eos=True))
+    assert len(list(engine.generate(requests))) == 2
+    for plan in engine.runner.plans:
+        assert not (plan.program.drafts and plan.program.history)
+    assert engine.stats.drafted_tokens
+
+
+def test_tokens_put_in_are_scored_also_after_preemption() -> None:
+    shape = shape_of(replicas=1, max_sequences=4, num_pages=12, max_context=40, prefill_chunk=3)
+    engine = engine_of(shape)
+    requests = [
+        replace(
+            make_request(f"r{i}", 9, alike=9, max_tokens=25, logprobs=True, max_thinking_tokens=4, n=2), thinking=MARKS
+        )
+        for i in range(5)
+    ]
+    for completion in engine.generate(requests):
+        assert completion.logprobs is not None
+        assert [entry.token_id for entry in completion.logprobs] == list(completion.token_ids)
+    assert engine.scheduler.preemptions
+
+
 class EvenTokens:
     """Admits even tokens, and the end after five of them; only after the first `free` tokens."""
 

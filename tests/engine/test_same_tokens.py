@@ -98,15 +98,9 @@ def check(seed: int, tiny_config: ModelConfig, params: Params, requests: list[Re
     assert engine.stats.shared_tokens > 0 or not sizes["prefix_cache"]
 
 
-def test_no_way_of_working_changes_a_token(
-    tiny_config: ModelConfig, params: Params, requests: list[Request], plain: dict
-) -> None:
-    check(0, tiny_config, params, requests, plain)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 9))
-def test_no_other_way_of_working_changes_a_token(
+@pytest.mark.parametrize("seed", [6, 14, 20, 24])  # between them every mesh, and both values of every switch
+def test_no_way_of_working_changes_a_token(
     seed: int, tiny_config: ModelConfig, params: Params, requests: list[Request], plain: dict
 ) -> None:
     check(seed, tiny_config, params, requests, plain)

@@ -9,7 +9,8 @@ import pytest
 from qwq_jax import embedded
 from qwq_jax.chat import ChatTokenizer
 from qwq_jax.config.sampling import SamplingParams
-from qwq_jax.jobs.answer import chat_prompt, hooks_of, request_from_ids, request_of, text_prompt
+from qwq_jax.engine.request import Completion, FinishReason
+from qwq_jax.jobs.answer import chat_prompt, choice_of, hooks_of, request_from_ids, request_of, text_prompt
 from qwq_jax.jobs.batch_file import PromptLine
 
 OPEN, CLOSE = 510, 511
@@ -111,3 +112,23 @@ def test_a_constraint_that_cannot_be_compiled_is_refused_before_it_is_served(tok
     form = SamplingParams.from_openai({"guided_regex": "("}).constraint
     with pytest.raises(ValueError, match="guided_regex: unclosed group"):
         request_of(line(constraint=form), tokenizer)
+
+
+def test_a_stop_string_before_the_least_length_stops_nothing_and_cuts_nothing(tokenizer):
+    ids = tuple(tokenizer.encode("one. two. three. four"))
+    texts = [tokenizer.decode([token]) for token in ids]
+    least = next(count for count in range(len(ids)) if "".join(texts[:count]).startswith("one. "))
+    params = SamplingParams(stop=(".",), min_tokens=least + 1, max_tokens=40)
+    request = request_from_ids("r", params, (65,), tokenizer)
+    stop = hooks_of(tokenizer, request).stop
+    ends = next(count for count, token in enumerate(ids, start=1) if stop.push(token))
+    assert "".join(texts[:ends]) == "one. two."
+    choice = choice_of(Completion("r", 0, ids[:ends], FinishReason.STOP), request, tokenizer)
+    assert choice.content == "one. two"
+
+
+@pytest.mark.parametrize("fields", [{"stop": ("</think>",)}, {"stop_token_ids": (CLOSE,)}, {"stop": ("Wait",)}])
+def test_bounds_of_thoughts_refuse_stops_that_what_is_put_in_would_meet(tokenizer, fields):
+    params = SamplingParams(max_thinking_tokens=5, max_tokens=90, **fields)
+    with pytest.raises(ValueError, match="holds the stop .*: leave one out"):
+        request_from_ids("r", params, tuple(tokenizer.encode("1 + 1<think>\n")), tokenizer)

@@ -56,10 +56,12 @@ def ask(text: str, **fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 8} | fields
 
 
-def run(checkpoint: str, tmp_path: Path, records: list[dict[str, Any] | str]) -> list[dict[str, Any]]:
+def run(
+    checkpoint: str, tmp_path: Path, records: list[dict[str, Any] | str], engine: EngineConfig = ENGINE
+) -> list[dict[str, Any]]:
     tmp_path.mkdir(exist_ok=True)
     input = write_requests(tmp_path / "in.jsonl", records)
-    job.generate(checkpoint, input, tmp_path / "out.jsonl", engine=ENGINE, mesh=MeshConfig())
+    job.generate(checkpoint, input, tmp_path / "out.jsonl", engine=engine, mesh=MeshConfig())
     return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
 
 
@@ -177,7 +179,8 @@ def test_what_is_answered_is_synced_after_every_step(
 ) -> None:
     calls: list[int] = []
     monkeypatch.setattr(ResultFile, "sync_if_due", lambda self: calls.append(len(self.done)))
-    run(checkpoint, tmp_path, [ask("a", max_tokens=1), ask("b", max_tokens=30, ignore_eos=True)])
+    stepwise = ENGINE.model_copy(update={"decode_window": 1})
+    run(checkpoint, tmp_path, [ask("a", max_tokens=1), ask("b", max_tokens=30, ignore_eos=True)], engine=stepwise)
     assert calls.count(1) > 20, "also while nothing is appended"
 
 
@@ -257,7 +260,8 @@ def test_a_signal_stops_between_steps_and_keeps_what_is_answered(
     with monkeypatch.context() as patch:
         patch.setattr(job, "StopRequested", OneLineThenStop)
         with pytest.raises(Interrupted, match=r"2 of 22 requests are answered .* the same command goes on"):
-            job.generate(checkpoint, input, output, engine=ENGINE, mesh=MeshConfig())
+            stepwise = ENGINE.model_copy(update={"decode_window": 1})
+            job.generate(checkpoint, input, output, engine=stepwise, mesh=MeshConfig())
     assert {result_number(line) for line in output.read_bytes().splitlines()} == {1, 2}
     assert job.generate(checkpoint, input, output, engine=ENGINE, mesh=MeshConfig()).answered == 20
 

@@ -34,6 +34,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_tiny_run_measures_all_and_a_wrong_token_is_told(tmp_path):
     runners, notes = measure(parse(TINY), tmp_path)

@@ -142,7 +142,7 @@ def _attend_decode(
 def _attend_chunks(
     q: jax.Array, layer: PagedLayer, rows: RaggedRows, scale: float, max_query: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Rows of several queries, each row's last tokens: q `[T, N, H]` flat, row b at `query_start[b] : query_start[b+1]`.
+    """Rows of several queries, each the last tokens of its row: q `[T, N, H]` flat, laid out by `query_start`.
 
     A loop takes `CHUNK_QUERIES` tokens of a row at a time, and one within it the pages that these see, some at a time,
     with a running maximum and sum (arXiv 1805.02867): time goes by the tokens that there are.
