@@ -120,7 +120,9 @@ class Front:
                 return await self._stream(http, call, ticket, answer)
             async for events in ticket.batches():
                 answer.take(events)
-        response = web.json_response(answer.whole(), headers={"X-Request-Id": name})
+        # Many log-probabilities take long to put into words; others go on meanwhile.
+        text = await asyncio.to_thread(lambda: json.dumps(answer.whole(), allow_nan=False))
+        response = web.json_response(text=text, headers={"X-Request-Id": name})
         self._metrics.ended(Outcome.COMPLETED)
         return response
 

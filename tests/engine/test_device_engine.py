@@ -216,7 +216,9 @@ def test_a_cache_that_cannot_hold_one_context_is_refused(tiny_config: ModelConfi
         make_engine(tiny_config, params, num_pages=2)
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(tensor=8), MeshConfig(data=2, tensor=4)])
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(tensor=8), pytest.param(MeshConfig(data=2, tensor=4), marks=pytest.mark.slow)]
+)
 def test_a_vocabulary_that_the_mesh_divides_is_sharded_and_changes_nothing(
     tiny_config: ModelConfig, prompts: list[tuple[int, ...]], mesh: MeshConfig
 ) -> None:
@@ -264,9 +266,10 @@ def test_tokens_drawn_at_guesses_follow_the_exact_distribution(tiny_config: Mode
     """Chi-square of the token after a guess, accepted or not, at temperature 1."""
     stats = pytest.importorskip("scipy.stats")
     prompt = (11, 12, 13) * 5
-    engine = make_engine(tiny_config, params, draft_tokens=3, max_sequences=32, num_pages=64)
+    sizes = {"max_sequences": 32, "num_pages": 64, "prefill_chunk": 512, "max_prefill_sequences": 32}
+    engine = make_engine(tiny_config, params, draft_tokens=3, **sizes)
     # The bias makes the first token continue the pattern, so that the second is guessed: 12, after 13, 11.
-    settings = {"max_tokens": 2, "temperature": 1.0, "n": 128, "ignore_eos": True}
+    settings = {"max_tokens": 3, "temperature": 1.0, "n": 128, "ignore_eos": True}
     requests = [
         Request(f"r{i}", prompt, SamplingParams(**settings, logit_bias={11: 8.0, 12: 2.0}, seed=i)) for i in range(5)
     ]
