@@ -35,10 +35,9 @@ def test_bytes_are_those_that_cross_to_hbm() -> None:
 @pytest.mark.parametrize(
     ("topology", "weights", "cache"),
     [
-        ("v5e:4x4", None, "bfloat16"),
         ("v5e:4x4", "int8", "int8"),
-        ("v6e:2x4", "int8", "int8"),
-        ("v5p:2x2x1", None, "bfloat16"),
+        ("v6e:2x4", None, "bfloat16"),
+        ("v5p:2x2x1", "int8", "int8"),
         ("tpu7x:2x2x1", "int8", "float8_e4m3fn"),
     ],
 )
