@@ -5,7 +5,7 @@ SHELL := /bin/bash
 TINY := out/tiny-reasoner
 SHIPPED := qwq_jax/embedded/tiny-reasoner
 
-.PHONY: help demo test test-slow lint format bench install tiny-reasoner
+.PHONY: help demo test test-slow test-exhaustive lint format bench install tiny-reasoner
 
 BIN := .venv/bin
 WORKERS ?= 2
@@ -19,6 +19,7 @@ help:
 	@echo "make demo       the whole story on the embedded tiny model"
 	@echo "make test       the tests that take seconds"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-exhaustive  slow tests that are near enough to others"
 	@echo "make lint       style and types"
 	@echo "make format     let ruff put style right"
 	@echo "make tiny-reasoner  trains the embedded model again, from nothing"
@@ -37,7 +38,10 @@ test: $(INSTALLED)
 	$(call timed,$(BIN)/pytest -n $(WORKERS))
 
 test-slow: $(INSTALLED)
-	$(call timed,$(BIN)/pytest -n $(WORKERS) -m slow)
+	$(call timed,$(BIN)/pytest -n $(WORKERS) -m "slow and not exhaustive")
+
+test-exhaustive: $(INSTALLED)
+	$(call timed,$(BIN)/pytest -n $(WORKERS) -m exhaustive)
 
 lint: $(INSTALLED)
 	$(call timed,{ $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright; })

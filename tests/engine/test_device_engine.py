@@ -250,7 +250,7 @@ def test_log_probabilities_move_with_the_rounding_of_the_cache(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", ["int8", pytest.param("float8_e4m3fn", marks=pytest.mark.exhaustive)])
 def test_an_8_bit_cache_answers_alike_whatever_its_pages(
     tiny_config: ModelConfig, params: Params, prompts: list[tuple[int, ...]], dtype: str
 ) -> None:

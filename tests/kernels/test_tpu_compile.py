@@ -107,7 +107,7 @@ def test_dense_attention_compiles_forward_and_backward(chip):
     ("name", "mesh", "dtype"),
     [
         ("v5e:4x4", MeshConfig(data=2, tensor=8), "bfloat16"),
-        ("tpu7x:2x2x1", MeshConfig(tensor=8), "float8_e4m3fn"),
+        pytest.param("tpu7x:2x2x1", MeshConfig(tensor=8), "float8_e4m3fn", marks=pytest.mark.exhaustive),
     ],
 )
 def test_whole_decode_step_of_the_32b_compiles_without_a_copy_of_the_cache(name, mesh, dtype):

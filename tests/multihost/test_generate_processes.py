@@ -110,7 +110,9 @@ def test_any_number_of_processes_gives_the_same_file(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mesh", "victim"), [(SPLIT, 1), (SPANNING, 0)], ids=str)
+@pytest.mark.parametrize(
+    ("mesh", "victim"), [pytest.param(SPLIT, 1, marks=pytest.mark.exhaustive), (SPANNING, 0)], ids=str
+)
 def test_a_process_that_dies_ends_all_and_the_next_run_goes_on(
     mesh: MeshConfig, victim: int, batch: Batch, tmp_path: Path
 ) -> None:
@@ -130,7 +132,11 @@ def test_a_process_that_dies_ends_all_and_the_next_run_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mesh", "victim", "next_count"), [(SPLIT, 1, 1), (SPANNING, 1, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("mesh", "victim", "next_count"),
+    [pytest.param(SPLIT, 1, 1, marks=pytest.mark.exhaustive), (SPANNING, 1, 4)],
+    ids=str,
+)
 def test_one_process_asked_to_stop_stops_all_and_any_number_goes_on(
     mesh: MeshConfig, victim: int, next_count: int, batch: Batch, tmp_path: Path
 ) -> None:

@@ -35,6 +35,7 @@ def one_thread():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("one_thread")
 def test_a_tiny_run_measures_all_and_a_wrong_token_is_told(tmp_path):
     runners, notes = measure(parse(TINY), tmp_path)
