@@ -106,7 +106,7 @@ def test_dense_attention_compiles_forward_and_backward(chip):
 @pytest.mark.parametrize(
     ("name", "mesh", "dtype"),
     [
-        ("v5e:4x4", MeshConfig(data=2, tensor=8), "bfloat16"),
+        pytest.param("v5e:4x4", MeshConfig(data=2, tensor=8), "bfloat16", marks=pytest.mark.exhaustive),
         pytest.param("tpu7x:2x2x1", MeshConfig(tensor=8), "float8_e4m3fn", marks=pytest.mark.exhaustive),
     ],
 )

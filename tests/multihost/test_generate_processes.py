@@ -134,7 +134,10 @@ def test_a_process_that_dies_ends_all_and_the_next_run_goes_on(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "victim", "next_count"),
-    [pytest.param(SPLIT, 1, 1, marks=pytest.mark.exhaustive), (SPANNING, 1, 4)],
+    [
+        pytest.param(SPLIT, 1, 1, marks=pytest.mark.exhaustive),
+        pytest.param(SPANNING, 1, 4, marks=pytest.mark.exhaustive),
+    ],
     ids=str,
 )
 def test_one_process_asked_to_stop_stops_all_and_any_number_goes_on(

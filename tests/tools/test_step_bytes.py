@@ -36,8 +36,8 @@ def test_bytes_are_those_that_cross_to_hbm() -> None:
     ("topology", "weights", "cache"),
     [
         ("v5e:4x4", "int8", "int8"),
-        ("v6e:2x4", None, "bfloat16"),
-        ("v5p:2x2x1", "int8", "int8"),
+        pytest.param("v6e:2x4", None, "bfloat16", marks=pytest.mark.exhaustive),
+        pytest.param("v5p:2x2x1", "int8", "int8", marks=pytest.mark.exhaustive),
         ("tpu7x:2x2x1", "int8", "float8_e4m3fn"),
     ],
 )
