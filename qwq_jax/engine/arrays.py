@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from qwq_jax.engine.pages import pages_for
 from qwq_jax.engine.request import Sequence
 from qwq_jax.engine.step import (
     FEW_STOPS,
@@ -148,10 +149,11 @@ class StepBuilder:
         works = tuple(schedule.works)
         rows = max((work.sequence.row or 0 for works in schedule.decode for work in works), default=0) + 1
         prompts = max(sum(work.length for work in works) for works in schedule.prefill)
-        pages = max(-(-(work.start + work.length) // shape.page_size) for work in works)
+        pages = max(pages_for(work.start + work.length, shape.page_size) for work in works)
         sampled = [work.sequence for work in works if work.draws]
         params = [sequence.request.params for sequence in sampled]
         penalised = [len(s.tokens) for s, p in zip(sampled, params, strict=True) if p.penalised]
+        score = any(_scores(work) for work in works)
         return Program(
             # Where chunks run too, a few rows more cost nothing beside them, and a program each would.
             decode_rows=shape.max_sequences if prompts else smallest_of(shape.row_counts, rows),
@@ -161,10 +163,10 @@ class StepBuilder:
             stop_ids=FEW_STOPS if all(len(s.stop_token_ids) <= FEW_STOPS for s in sampled) else MANY_STOPS,
             bias=_power_of_two(max((len(p.logit_bias) for p in params), default=0)),
             history=_power_of_two(max(penalised)) if penalised else 0,
-            top=any(p.top_logprobs for p in params) or any(_scores(work) for work in works),
+            top=any(p.top_logprobs for p in params) or score,
             floor=any(work.first_draw < _floor(work.sequence) for work in works),
             mask=any(s.hooks.mask is not None and s.hooks.mask.active for s in sampled),
-            score=any(_scores(work) for work in works),
+            score=score,
         )
 
     def _keep(self, sequence: Sequence) -> None:

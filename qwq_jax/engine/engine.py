@@ -146,7 +146,6 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens, but the cache of a replica holds {shape.context} "
                 f"({shape.num_pages} pages of {shape.page_size}): give the engine more pages"
             )
-
         named = {
             "stop_token_ids": request.params.stop_token_ids,
             "logit_bias": [t for t, _ in request.params.logit_bias],

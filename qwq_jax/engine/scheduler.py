@@ -235,23 +235,21 @@ class Scheduler:
                 guess = drafts[sequence.arrival]
                 if self._missing([sequence], 1 + len(guess)) > replica.pool.free:
                     guess = ()
-                length = 1 + len(guess)
-                sequence.pages += replica.pool.take(self._missing([sequence], length))
-                works.append(Work(sequence, sequence.computed, length, draws=length, drafts=guess))
-                sequence.computed += length
-                sequence.ahead += length
+                works.append(self._draw(replica, sequence, 1 + len(guess), guess))
             guessed.append(tuple(works))
         return tuple(guessed)
 
     def _decode(self, replica: _Replica, ready: list[Sequence], window: int) -> tuple[Work, ...]:
-        works: list[Work] = []
-        for sequence in ready:
-            steps = min(window, sequence.horizon)
-            sequence.pages += replica.pool.take(self._missing([sequence], steps))
-            works.append(Work(sequence, sequence.computed, steps, draws=steps, known=not sequence.ahead))
-            sequence.computed += steps
-            sequence.ahead += steps
-        return tuple(works)
+        return tuple(self._draw(replica, sequence, min(window, sequence.horizon)) for sequence in ready)
+
+    def _draw(self, replica: _Replica, sequence: Sequence, steps: int, drafts: tuple[int, ...] = ()) -> Work:
+        """Issue the drawing of `steps` tokens, and take the pages for it."""
+        sequence.pages += replica.pool.take(self._missing([sequence], steps))
+        known = not sequence.ahead
+        work = Work(sequence, sequence.computed, steps, draws=steps, known=known, drafts=drafts)
+        sequence.computed += steps
+        sequence.ahead += steps
+        return work
 
     def _prefill(self, replica: _Replica) -> tuple[Work, ...]:
         works: list[Work] = []
