@@ -70,10 +70,12 @@ class SharedOutput:
         if self._peers.index:
             self._file = ResultFile(part_path(self.path, self._peers.index), self._origin).__enter__()
             self._peers.share("part", 0)
+            self._peers.require("all-parts-seen")  # computing meanwhile, it would hear late of a part that is not
             return
         for index in self._peers.others:
             self._peers.require("part", index)
             self._wait_for_part(index, 0)
+        self._peers.share("all-parts-seen", 0)
 
     def serves(self, rank: int) -> bool:
         """Whether this process serves a line, by its rank among those that are not answered yet."""
