@@ -14,7 +14,7 @@ from qwq_jax.chat import Message
 class Task:
     r"""One line of a task file: what is asked, and what a reward needs to judge the reply.
 
-    Example: ``Task("gsm8k-12", ({"role": "user", "content": "What is 6 x 7?"},), source="gsm8k", judge={"answer": "42"})``
+    Example: ``Task("gsm8k-12", ({"role": "user", "content": "What is 6 x 7?"},), "gsm8k", {"answer": "42"})``
 
     Attributes:
         task_id: Unique in the file.
@@ -36,7 +36,7 @@ class Task:
 class Reply:
     r"""A completion as a reward sees it.
 
-    Example: ``Reply(text="6 x 7 = 42\n</think>\n\n\\boxed{42}", thought="6 x 7 = 42\n", answer="\\boxed{42}", tokens=17)``
+    Example: ``Reply("6 x 7 = 42\n</think>\n\n\\boxed{42}", "6 x 7 = 42\n", "\\boxed{42}", tokens=17)``
 
     Attributes:
         text: All that was generated, special tokens that end it left out.
