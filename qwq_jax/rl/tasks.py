@@ -4,8 +4,9 @@ A line of a file is one task:
 
     {"id": "gsm8k-12", "prompt": "What is 6 x 7?", "answer": "42", "source": "gsm8k", "difficulty": 0.1}
 
-with ``messages`` in place of ``prompt`` for a conversation, and of ``answer``, ``tests`` and ``instructions`` what the
-rewards of the run read. Whatever else it holds is refused: a mistyped key would be a reward that is always zero.
+with ``messages`` in place of ``prompt`` for a conversation, and of ``answer`` (a text, or a list of those that are
+right), ``tests``, ``instructions`` and ``entry`` (of reasoning-gym) what the rewards of the run read. Whatever else it
+holds is refused: a mistyped key would be a reward that is always zero.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,18 +14,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from qwq_jax.chat import checked_message
 from qwq_jax.config.frozen import Frozen
-from qwq_jax.config.json_line import load_json_line
+from qwq_jax.config.json_line import load_json_line, shortened
 from qwq_jax.config.load import build
 from qwq_jax.config.tasks import ArithmeticTasks, FileTasks, GymTasks
 from qwq_jax.rl.rewards.arithmetic import LEVELS, Problem, Split, problems
 from qwq_jax.rl.types import Task
 
-GYM = "reasoning_gym"
-"""The field of `Task.judge` that says how reasoning-gym scores a reply: ``{"dataset": ..., "metadata": {...}}``."""
+# What rewards read, as the line has it.
+_JUDGE = ("answer", "tests", "instructions", "entry")
 
 # A held-out split is taken to be exhausted when so many problems in a row were seen before.
 _PATIENCE = 2_000
@@ -37,10 +38,19 @@ class _Line(Frozen):
     messages: tuple[dict[str, Any], ...] | None = Field(default=None, min_length=1)
     prompt: str | None = Field(default=None, min_length=1)
     source: str = ""
-    answer: str | None = Field(default=None, min_length=1)
+    answer: Any = None
     tests: tuple[Any, ...] | None = Field(default=None, min_length=1)
     instructions: tuple[Any, ...] | None = Field(default=None, min_length=1)
+    entry: dict[str, Any] | None = Field(default=None, min_length=1)
     difficulty: float | None = Field(default=None, ge=0.0, le=1.0)
+
+    @field_validator("answer")
+    @classmethod
+    def _texts(cls, value: Any) -> Any:
+        texts = value if isinstance(value, tuple) else (value,)
+        if value is not None and not (texts and all(isinstance(text, str) and text for text in texts)):
+            raise ValueError(f"expected a text or a list of texts, none of them empty, got {shortened(value)}")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -114,9 +124,8 @@ def parse_task(raw: bytes, *, where: str) -> Task:
         raise ValueError(f"{where}: {error}") from None
     line = build(_Line, record, source=where)
     messages = line.messages or ({"role": "user", "content": line.prompt},)
-    judge = {"answer": line.answer, "tests": line.tests, "instructions": line.instructions}
-    known = {name: value for name, value in judge.items() if value is not None}
-    return Task(line.id, messages, line.source, known, line.difficulty)
+    judge = {name: value for name in _JUDGE if (value := record.get(name)) is not None}
+    return Task(line.id, messages, line.source, judge, line.difficulty)
 
 
 def arithmetic_tasks(source: ArithmeticTasks) -> list[Task]:
@@ -142,7 +151,7 @@ def arithmetic_tasks(source: ArithmeticTasks) -> list[Task]:
 
 
 def gym_tasks(source: GymTasks) -> list[Task]:
-    """Tasks of a reasoning-gym dataset; `judge` has its answer, and under `GYM` what its own scoring needs.
+    """Tasks of a reasoning-gym dataset; `judge` has the answer, and the whole entry for its own scoring.
 
     Raises:
         ValueError: The package is not installed, or has no such dataset, or the dataset no such settings.
@@ -161,10 +170,10 @@ def gym_tasks(source: GymTasks) -> list[Task]:
 def _gym_task(source: GymTasks, index: int, entry: dict[str, Any]) -> Task:
     answer = {} if entry["answer"] is None else {"answer": str(entry["answer"])}
     return Task(
-        f"{GYM}/{source.dataset}/{source.seed}/{index}",
+        f"reasoning_gym/{source.dataset}/{source.seed}/{index}",
         ({"role": "user", "content": entry["question"]},),
         source.dataset,
-        {**answer, GYM: {"dataset": source.dataset, "metadata": entry["metadata"]}},
+        {**answer, "entry": entry},
     )
 
 

@@ -7,7 +7,7 @@ import reasoning_gym
 
 from qwq_jax.config.tasks import ArithmeticTasks, FileTasks, GymTasks, parse_source
 from qwq_jax.rl.rewards.arithmetic import Split, is_correct, problems, split_of
-from qwq_jax.rl.tasks import GYM, arithmetic_tasks, gym_tasks, load_tasks, read_tasks
+from qwq_jax.rl.tasks import arithmetic_tasks, gym_tasks, load_tasks, read_tasks
 from qwq_jax.rl.types import Task
 
 GOOD = {"id": "a", "prompt": "What is 6 x 7?", "answer": "42"}
@@ -23,9 +23,11 @@ def test_a_file_is_read_in_order_with_all_that_rewards_need(tmp_path):
     messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Sort."}]
     tests, rules = [{"input": "2 1", "output": "1 2"}], [{"kind": "words", "least": 3}]
     line = {"id": "b", "messages": messages, "source": "code", "tests": tests, "instructions": rules, "difficulty": 1}
-    assert read_tasks(write(tmp_path, "\ufeff" + json.dumps(GOOD), "", line)) == [
+    several = {"id": "c", "prompt": "x", "answer": ["yes", "true"]}
+    assert read_tasks(write(tmp_path, "\ufeff" + json.dumps(GOOD), "", line, several)) == [
         Task("a", ({"role": "user", "content": "What is 6 x 7?"},), "", {"answer": "42"}),
-        Task("b", tuple(messages), "code", {"tests": tuple(tests), "instructions": tuple(rules)}, 1.0),
+        Task("b", tuple(messages), "code", {"tests": tests, "instructions": rules}, 1.0),
+        Task("c", ({"role": "user", "content": "x"},), "", {"answer": ["yes", "true"]}),
     ]
 
 
@@ -42,7 +44,9 @@ def test_a_file_is_read_in_order_with_all_that_rewards_need(tmp_path):
         ({"id": "", "prompt": "x"}, "tasks.jsonl:2: id: "),
         ({"id": "b"}, "tasks.jsonl:2: expected one of messages and prompt, got none"),
         ({"id": "b", "prompt": "x", "messages": [{"role": "user", "content": "x"}]}, "messages and prompt, got both"),
-        ({"id": "b", "prompt": "x", "answer": 42}, "tasks.jsonl:2: answer: expected a valid string, got 42"),
+        ({"id": "b", "prompt": "x", "answer": 42}, "tasks.jsonl:2: answer: expected a text or a list .* got 42"),
+        ({"id": "b", "prompt": "x", "answer": ["4", ""]}, "tasks.jsonl:2: answer: expected .* none of them empty"),
+        ({"id": "b", "prompt": "x", "answer": []}, "tasks.jsonl:2: answer: expected a text"),
         ({"id": "b", "prompt": "x", "tests": "assert f(1)"}, "tasks.jsonl:2: tests: expected a list"),
         ({"id": "b", "prompt": "x", "tests": []}, "tasks.jsonl:2: tests: .* at least 1 item"),
         ({"id": "b", "prompt": "x", "difficulty": 2}, "tasks.jsonl:2: difficulty: .* less than or equal to 1"),
@@ -107,10 +111,9 @@ def test_reasoning_gym_scores_what_it_made():
         tasks, reasoning_gym.create_dataset("leg_counting", size=4, seed=3, max_animals=4), strict=True
     ):
         assert task.messages == ({"role": "user", "content": entry["question"]},)
-        judge = task.judge[GYM]
-        score = reasoning_gym.get_score_answer_fn(judge["dataset"])
-        again = {"question": task.messages[0]["content"], "answer": task.judge["answer"], "metadata": judge["metadata"]}
-        assert score(task.judge["answer"], again) == 1.0 and score("-1", again) < 1.0
+        judged = task.judge["entry"]
+        score = reasoning_gym.get_score_answer_fn(judged["metadata"]["source_dataset"])
+        assert score(task.judge["answer"], judged) == 1.0 and score("-1", judged) < 1.0
     json.dumps([task.judge for task in tasks])
 
 
