@@ -89,7 +89,7 @@ def policy_loss(config: ObjectiveConfig, *, logp: jax.Array, entropy: jax.Array,
         The loss; ``sums`` as `report` reads them; ``peaks`` of the absolute ``log_ratio`` and ``rollout_gap``.
     """
     mask = tokens.mask
-    logp, entropy = _within(mask, logp), _within(mask, entropy)
+    logp, entropy, weights = _within(mask, logp), _within(mask, entropy), _within(mask, tokens.weights)
     old_logp = jax.lax.stop_gradient(logp) if tokens.old_logp is None else _within(mask, tokens.old_logp)
     log_ratio = logp - old_logp
     ratio = _ratio(config, log_ratio, tokens)
@@ -108,7 +108,7 @@ def policy_loss(config: ObjectiveConfig, *, logp: jax.Array, entropy: jax.Array,
     sums |= {"ratio": ratio, "update_kl": kl_terms("k3", old_logp, logp), "entropy": entropy, **clipped}
     peaks["log_ratio"] = jnp.abs(log_ratio)
     return LossTerms(
-        value=jnp.sum(_within(mask, tokens.weights * terms)), sums=summed(sums, mask), peaks=_largest(peaks, mask)
+        value=jnp.sum(_within(mask, weights * terms)), sums=summed(sums, mask), peaks=_largest(peaks, mask)
     )
 
 
