@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from qwq_jax.config.frozen import Frozen
+from qwq_jax.config.lora import LoraConfig
 from qwq_jax.config.mesh import MeshConfig
 
 
@@ -18,7 +19,7 @@ class OptimizerConfig(Frozen):
         b1: Decay of the mean of gradients.
         b2: Decay of the mean of squared gradients.
         eps: Added to the root of the latter.
-        weight_decay: Decoupled decay of matrices; norms and biases are left alone.
+        weight_decay: Decoupled decay of matrices, adapters' too; norms and biases are left alone.
         clip_norm: Longest global gradient; ``None`` clips nothing.
     """
 
@@ -54,11 +55,14 @@ class SftConfig(Frozen):
         keep: Checkpoints kept beside the best one.
         seed: Fixes initial weights and data order.
         remat: Compute each layer's activations again in the backward pass rather than keep them.
-        param_dtype: Type of the master weights and of the optimizer state.
+        param_dtype: Type of the master weights and of the optimizer state; with `lora`, of the model's frozen weights,
+            while adapters and their optimizer state are float32.
         compute_dtype: Type of activations and of the weights they meet; ``None`` is bfloat16, and float32 on the CPU.
         logprob_chunk: Tokens whose logits exist at one time.
         final: Which weights become the checkpoint at the end: the last, or those of the least held-out loss.
         final_dtype: Type they are stored in.
+        lora: Train adapters of these projections, and nothing else; ``None`` trains all weights.
+        merge_adapters: At the end, write the model with its adapters merged in too, beside the adapters themselves.
         mesh: The device mesh.
         optimizer: The optimizer.
     """
@@ -85,6 +89,8 @@ class SftConfig(Frozen):
     logprob_chunk: PositiveInt = 1024
     final: Literal["last", "best"] = "last"
     final_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    lora: LoraConfig | None = None
+    merge_adapters: bool = True
     mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
 
@@ -94,6 +100,8 @@ class SftConfig(Frozen):
             raise ValueError(f"model {self.model} is a preset without weights, so init must be 'random'")
         if self.model.endswith(".toml") and self.tokenizer is None:
             raise ValueError(f"model {self.model} is a preset without a tokenizer, so tokenizer must name a directory")
+        if self.lora is not None and self.init == "random":
+            raise ValueError("lora adapts trained weights, so init must be 'pretrained'")
         self._check_local()
         shards = self.mesh.data * self.mesh.fsdp
         if self.rows_per_step % (self.accumulation * shards):

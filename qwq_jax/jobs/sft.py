@@ -7,6 +7,7 @@
       tensorboard/           the same numbers as events
       checkpoints/           to go on from: parameters, optimizer, data position
       model-000800/          what `generate`, `chat`, `export` take, written when the run ends
+      adapter-000800/        with `lora`: the adapters alone, as PEFT has them
 """
 
 import hashlib
@@ -27,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from qwq_jax.chat import ChatTokenizer
 from qwq_jax.checkpoint.directory import explained, open_directory, sole_writer
+from qwq_jax.checkpoint.peft import export_adapter
 from qwq_jax.checkpoint.store import MARKER, Checkpoint, open_checkpoint
 from qwq_jax.checkpoint.train_store import TrainStore
 from qwq_jax.config.load import load_toml
@@ -34,6 +36,7 @@ from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.train import SftConfig
 from qwq_jax.interrupt import Interrupted, StopRequested
 from qwq_jax.jobs.convert import convert
+from qwq_jax.model.lora import num_adapter_parameters, random_adapters
 from qwq_jax.runtime import default_compute_dtype
 from qwq_jax.sft.data import Examples, read_examples
 from qwq_jax.sft.loss import make_sft_loss
@@ -46,7 +49,15 @@ from qwq_jax.train.optimizer import make_optimizer, make_schedule
 from qwq_jax.train.packing import PackedRows, fill_rows, plan_rows
 from qwq_jax.train.state import Params, TrainState, abstract_state, init_state
 from qwq_jax.train.step import Loss, make_eval_step, make_train_step
-from qwq_jax.train.weights import abstract_params, checkpoint_weights, companion_files, random_weights, write_checkpoint
+from qwq_jax.train.weights import (
+    abstract_adapters,
+    abstract_params,
+    checkpoint_weights,
+    companion_files,
+    merged_weights,
+    random_weights,
+    write_checkpoint,
+)
 
 LOG = logging.getLogger(__name__)
 
@@ -83,12 +94,14 @@ class SftReport:
 
     Attributes:
         step: Steps taken, earlier runs counted.
-        model: The checkpoint with the final weights.
+        model: The checkpoint with the final weights; ``None`` if adapters were trained and not merged.
+        adapter: The directory of the adapters; ``None`` if all weights were trained.
         metrics: The metrics file.
     """
 
     step: int
-    model: str
+    model: str | None
+    adapter: str | None
     metrics: str
 
 
@@ -106,7 +119,6 @@ def sft(config: SftConfig) -> SftReport:
 
 def train(config: SftConfig) -> SftReport:
     """The run from its start, or from where it stopped, to its end; `compute_dtype` is decided."""
-    assert config.compute_dtype is not None
     layout = train_layout(make_mesh(config.mesh))
     check_output(config.output_dir)
     output = epath.Path(config.output_dir)
@@ -124,9 +136,9 @@ def train(config: SftConfig) -> SftReport:
     schedule = make_schedule(config.optimizer, steps=config.steps)
     optimizer = make_optimizer(config.optimizer, schedule=schedule)
     stream = make_stream(config, examples)
-    identity = run_identity(config, start.config, examples, held_out)
+    identity = run_identity(config, start, examples, held_out)
     store = TrainStore(output / "checkpoints", keep=config.keep)
-    target = abstract_state(abstract_params(start.config, dtype=config.param_dtype, layout=layout), optimizer)
+    target = abstract_state(abstract_trained(config, start.config, layout), optimizer)
     step = newest_step(store, identity=identity) or 0
     if step > config.last_step:
         raise ValueError(f"{output} is at step {step} already, beyond stop_after = {config.last_step}")
@@ -135,20 +147,16 @@ def train(config: SftConfig) -> SftReport:
         state = store.restore(step, target)
         stream.set_state(store.record(step)["stream"])
     else:
-        state = init_state(initial_weights(config, start, layout), optimizer)
+        state = init_state(initial_trained(config, start, layout), optimizer)
+    frozen = initial_weights(config, start, layout) if config.lora else None
 
-    loss = make_sft_loss(
-        start.config,
-        layout,
-        compute_dtype=config.compute_dtype,
-        logprob_chunk=config.logprob_chunk,
-        remat=config.remat,
-    )
+    loss = make_loss(config, start.config, layout)
+    train_step = make_train_step(loss, optimizer, shardings=jax.tree.map(lambda x: x.sharding, target))
     place = partial(place_batch, accumulation=config.accumulation, layout=layout)
     work = Work(
-        train_step=make_train_step(loss, optimizer, shardings=jax.tree.map(lambda x: x.sharding, target)),
+        train_step=partial(train_step, frozen=frozen),
         place=place,
-        evaluate=make_evaluate(config, loss, held_out, place=place) if held_out else None,
+        evaluate=make_evaluate(config, loss, held_out, place=place, frozen=frozen) if held_out else None,
         learning_rate=schedule,
     )
     intervals = Intervals(steps=config.last_step, eval_every=config.eval_every, save_every=config.save_every)
@@ -161,7 +169,7 @@ def train(config: SftConfig) -> SftReport:
         outcome = trainer.run(state, should_stop=stop, report=report)
     if not outcome.finished:
         raise Interrupted(f"step {int(outcome.state.step)} is saved in {output}; the same command goes on from there")
-    return finish(config, start, outcome.state, store=store, target=target)
+    return finish(config, start, outcome.state, frozen=frozen, store=store, target=target)
 
 
 def check_output(directory: str) -> None:
@@ -190,8 +198,22 @@ def open_start(config: SftConfig) -> Start:
     return Start(checkpoint.config, tokenizer, checkpoint if config.init == "pretrained" else None)
 
 
+def abstract_trained(config: SftConfig, model: ModelConfig, layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
+    """What is trained, before it exists: the adapters, or all weights."""
+    if config.lora is not None:
+        return abstract_adapters(model, config.lora, layout=layout)
+    return abstract_params(model, dtype=config.param_dtype, layout=layout)
+
+
+def initial_trained(config: SftConfig, start: Start, layout: Layout) -> Params:
+    """What is trained, before the first step."""
+    if config.lora is not None:
+        return random_adapters(start.config, config.lora, jax.random.key(config.seed), layout)
+    return initial_weights(config, start, layout)
+
+
 def initial_weights(config: SftConfig, start: Start, layout: Layout) -> Params:
-    """Stacked master weights."""
+    """The stacked weights of the whole model."""
     if start.checkpoint is None:
         return random_weights(start.config, seed=config.seed, dtype=config.param_dtype, layout=layout)
     return checkpoint_weights(start.checkpoint, dtype=config.param_dtype, layout=layout)
@@ -216,6 +238,19 @@ def check_tokens(config: ModelConfig, data: Iterable[Examples], *, tokenizer: st
         raise ValueError(f"{tokenizer}: token {largest} lies outside the model's vocabulary of {config.vocab_size}")
 
 
+def make_loss(config: SftConfig, model: ModelConfig, layout: Layout) -> Loss:
+    """The loss of a micro-batch, of all parameters; `compute_dtype` is decided."""
+    assert config.compute_dtype is not None
+    return make_sft_loss(
+        model,
+        layout,
+        compute_dtype=config.compute_dtype,
+        logprob_chunk=config.logprob_chunk,
+        remat=config.remat,
+        lora=config.lora,
+    )
+
+
 def make_stream(config: SftConfig, train: Examples) -> BatchStream:
     """Batches in their order, from the first step on."""
     plan = plan_steps(
@@ -228,19 +263,29 @@ def make_stream(config: SftConfig, train: Examples) -> BatchStream:
     return BatchStream(train.segments, plan, row_length=config.sequence_length)
 
 
-def run_identity(config: SftConfig, model: ModelConfig, train: Examples, held_out: Examples | None) -> dict[str, Any]:
+def run_identity(config: SftConfig, start: Start, train: Examples, held_out: Examples | None) -> dict[str, Any]:
     """What must not change between the parts of an interrupted run."""
     settings = config.model_dump(mode="json", include=IDENTITY)
+    if config.lora is not None:
+        # The checkpoints of the run do not hold the frozen weights: each part of it reads them anew.
+        settings |= {"lora": config.lora.model_dump(mode="json"), "frozen_weights": fingerprint(start.checkpoint)}
     return {
         **settings,
-        "architecture": model.model_dump(mode="json"),
+        "architecture": start.config.model_dump(mode="json"),
         "train_data": train.fingerprint(),
         "held_out_data": held_out.fingerprint() if held_out else None,  # its loss ranks the checkpoints
     }
 
 
+def fingerprint(checkpoint: Checkpoint | None) -> str:
+    """Hash of the weights of a checkpoint."""
+    assert checkpoint is not None, "the config requires one with lora"
+    weights = [(record.path, record.stored_sha256) for record in checkpoint.manifest.tensors]
+    return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
+
+
 def make_evaluate(
-    config: SftConfig, loss: Loss, held_out: Examples, *, place: Callable[[PackedRows], Any]
+    config: SftConfig, loss: Loss, held_out: Examples, *, place: Callable[[PackedRows], Any], frozen: Params | None
 ) -> Callable[[Params], float]:
     """Builds ``evaluate(params) -> mean loss`` over every trained token of the held-out examples."""
     rows = plan_rows([segment.slots for segment in held_out.segments], row_length=config.sequence_length)
@@ -255,14 +300,22 @@ def make_evaluate(
     evaluate_batch = make_eval_step(loss)
 
     def evaluate(params: Params) -> float:
-        sums = [evaluate_batch(params, place(batch)) for batch in batches]
+        sums = [evaluate_batch(params, place(batch), frozen) for batch in batches]
         return float(np.sum([total for total, _ in sums], dtype=np.float64) / sum(int(count) for _, count in sums))
 
     return evaluate
 
 
-def finish(config: SftConfig, start: Start, state: TrainState, *, store: TrainStore, target: TrainState) -> SftReport:
-    """Writes the final weights as a checkpoint; `target` describes a state."""
+def finish(
+    config: SftConfig,
+    start: Start,
+    state: TrainState,
+    *,
+    frozen: Params | None,
+    store: TrainStore,
+    target: TrainState,
+) -> SftReport:
+    """Writes the final weights as a checkpoint, adapters by themselves; `target` describes a state."""
     last = int(state.step)
     chosen = store.best_step() if config.final == "best" else last
     assert chosen is not None, "the last step is always evaluated"
@@ -270,19 +323,28 @@ def finish(config: SftConfig, start: Start, state: TrainState, *, store: TrainSt
         # One state at a time: there may not be room for two.
         jax.tree.map(lambda x: x.delete(), state)
         state = store.restore(chosen, target)
-    dest = f"{config.output_dir}/model-{chosen:06d}"
-    identity = json.dumps([run_identity_of(store, chosen), chosen, config.final_dtype], sort_keys=True)
-    write_checkpoint(
-        dest,
-        state.params,
-        start.config,
-        dtype=config.final_dtype,
-        files=companion_files(start.tokenizer_dir),
-        identity=hashlib.sha256(identity.encode()).hexdigest(),
-        origin=f"qwq-jax sft of {config.model}, step {chosen}",
-    )
-    LOG.info("step %d of %d done; the model is %s", last, config.steps, dest)
-    return SftReport(step=last, model=dest, metrics=f"{config.output_dir}/metrics.jsonl")
+    params, adapter, model = state.params, None, None
+    if config.lora is not None:
+        assert frozen is not None and start.checkpoint is not None
+        adapter = f"{config.output_dir}/adapter-{chosen:06d}"
+        origin = start.checkpoint.manifest.origin
+        export_adapter(adapter, state.params, start.config, config.lora, base_model=origin)
+        params = merged_weights(frozen, params, config.lora) if config.merge_adapters else None
+    if params is not None:
+        model = f"{config.output_dir}/model-{chosen:06d}"
+        identity = json.dumps([run_identity_of(store, chosen), chosen, config.final_dtype], sort_keys=True)
+        write_checkpoint(
+            model,
+            params,
+            start.config,
+            dtype=config.final_dtype,
+            files=companion_files(start.tokenizer_dir),
+            identity=hashlib.sha256(identity.encode()).hexdigest(),
+            origin=f"qwq-jax sft of {config.model}, step {chosen}",
+        )
+    made = [f"the model is {model}"] * (model is not None) + [f"the adapter is {adapter}"] * (adapter is not None)
+    LOG.info("step %d of %d done; %s", last, config.steps, ", ".join(made))
+    return SftReport(step=last, model=model, adapter=adapter, metrics=f"{config.output_dir}/metrics.jsonl")
 
 
 def run_identity_of(store: TrainStore, step: int) -> dict[str, Any]:
@@ -294,6 +356,8 @@ def describe(config: SftConfig, model: ModelConfig, train: Examples, held_out: E
     """Logs what is about to happen."""
     slots = sum(segment.slots for segment in train.segments)
     per_step = config.rows_per_step * config.sequence_length
+    if config.lora is not None:
+        LOG.info("%.3f M parameters of adapters are trained", num_adapter_parameters(model, config.lora) / 1e6)
     LOG.info(
         "%.3f M parameters; %d sequences of %d tokens, %d of them trained (%d left out as too long); "
         "%d steps of %d tokens, about %.2f epochs",

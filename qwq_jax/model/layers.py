@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qwq_jax.config.lora import LoraConfig
 from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.weights import WeightFormat
 from qwq_jax.model.quantize import DTYPES, kernel_format, project
@@ -35,6 +36,41 @@ def kernel(shape: tuple[int, ...], axes: Axes, weights: WeightFormat | None) -> 
     return param(*format.kernel(shape, axes), own_dtype=DTYPES[format.bits]), scale
 
 
+class Adapter(nnx.Module):
+    """What LoRA adds to a projection (arXiv 2106.09685, section 4.1): scale * (x A) B; A B itself is never made.
+
+    Each matrix keeps the dimensions of its side of the kernel, with their logical axes, so that the products are cut
+    over the mesh as the kernel's own are. Both are float32, and cast to the activations' dtype where they are used.
+    """
+
+    def __init__(self, shape: tuple[int, ...], axes: Axes, lora: LoraConfig):
+        """Declares a `[in..., rank]` and b `[rank, out...]` for a kernel `[in..., out...]`."""
+        contracted = 2 if axes[0] == "heads" else 1  # what comes from heads sums over their width too
+        self.a = param((*shape[:contracted], lora.rank), (*axes[:contracted], None), own_dtype=jnp.float32)
+        self.b = param((lora.rank, *shape[contracted:]), (None, *axes[contracted:]), own_dtype=jnp.float32)
+        self.scale = lora.scale
+
+    def __call__(self, equation: str, x: jax.Array) -> jax.Array:
+        """The addition to `einsum(equation, x, kernel)`, in the dtype of x."""
+        left, right, out = equation.replace("->", ",").split(",")
+        summed = "".join(letter for letter in right if letter in left)
+        kept, rows = right.replace(summed, ""), left.replace(summed, "")
+        assert "r" not in equation and right.startswith(summed) and left.endswith(summed), equation
+        a, b = self.a[...].astype(x.dtype), self.b[...].astype(x.dtype)
+        inner = jnp.einsum(f"{left},{summed}r->{rows}r", x, a, preferred_element_type=jnp.float32)
+        return jnp.einsum(f"{rows}r,r{kept}->{out}", (inner * self.scale).astype(x.dtype), b)
+
+
+def adapter(module: str, shape: tuple[int, ...], axes: Axes, lora: LoraConfig | None) -> Adapter | None:
+    """The adapter of a projection, if it has one; `module` is the name that Hugging Face gives it."""
+    return Adapter(shape, axes, lora) if lora is not None and module in lora.target_modules else None
+
+
+def adapted(y: jax.Array, equation: str, x: jax.Array, adapter: Adapter | None) -> jax.Array:
+    """The product y of a projection with x, with what its adapter adds."""
+    return y if adapter is None else y + adapter(equation, x)
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale (arXiv 1910.07467); statistics in float32: squares of bfloat16 activations lose the mean."""
 
@@ -53,14 +89,20 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention: projections and rotation; how tokens see each other is the caller's `attend`."""
 
-    def __init__(self, config: ModelConfig, weights: WeightFormat | None = None):
+    def __init__(self, config: ModelConfig, weights: WeightFormat | None = None, lora: LoraConfig | None = None):
         """Declares q `[D,N,H]`, k and v `[D,K,H]`, o `[N,H,D]`, and biases of q, k, v where the model has them."""
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         self.weights = weights
-        self.q_kernel, self.q_kernel_scale = kernel((D, N, H), ("embed", "heads", None), weights)
-        self.k_kernel, self.k_kernel_scale = kernel((D, K, H), ("embed", "kv_heads", None), weights)
-        self.v_kernel, self.v_kernel_scale = kernel((D, K, H), ("embed", "kv_heads", None), weights)
-        self.o_kernel, self.o_kernel_scale = kernel((N, H, D), ("heads", None, "embed"), weights)
+        q, o = ((D, N, H), ("embed", "heads", None)), ((N, H, D), ("heads", None, "embed"))
+        kv = (D, K, H), ("embed", "kv_heads", None)
+        self.q_kernel, self.q_kernel_scale = kernel(*q, weights)
+        self.k_kernel, self.k_kernel_scale = kernel(*kv, weights)
+        self.v_kernel, self.v_kernel_scale = kernel(*kv, weights)
+        self.o_kernel, self.o_kernel_scale = kernel(*o, weights)
+        self.q_lora = adapter("q_proj", *q, lora)
+        self.k_lora = adapter("k_proj", *kv, lora)
+        self.v_lora = adapter("v_proj", *kv, lora)
+        self.o_lora = adapter("o_proj", *o, lora)
         self.has_bias = config.qkv_bias
         if self.has_bias:
             self.q_bias = param((N, H), ("heads", None))
@@ -74,46 +116,60 @@ class Attention(nnx.Module):
         q = project("btd,dnh->btnh", x, self.q_kernel, self.q_kernel_scale, self.weights)
         k = project("btd,dkh->btkh", x, self.k_kernel, self.k_kernel_scale, self.weights)
         v = project("btd,dkh->btkh", x, self.v_kernel, self.v_kernel_scale, self.weights)
+        q = adapted(q, "btd,dnh->btnh", x, self.q_lora)
+        k = adapted(k, "btd,dkh->btkh", x, self.k_lora)
+        v = adapted(v, "btd,dkh->btkh", x, self.v_lora)
         if self.has_bias:
             q += self.q_bias[...].astype(x.dtype)
             k += self.k_bias[...].astype(x.dtype)
             v += self.v_bias[...].astype(x.dtype)
         out, cache = attend(rotate(q, *rotary), rotate(k, *rotary), v, cache)
+        return adapted(self._output(out), "btnh,nhd->btd", out, self.o_lora), cache
+
+    def _output(self, out: jax.Array) -> jax.Array:
         if self.o_kernel_scale is not None:
-            return project("btnh,nhd->btd", out, self.o_kernel, self.o_kernel_scale, self.weights), cache
+            return project("btnh,nhd->btd", out, self.o_kernel, self.o_kernel_scale, self.weights)
         # One axis of N x H, not two: for a sum over two XLA:CPU transposes the kernel anew in every step.
-        o_kernel = self.o_kernel[...].astype(x.dtype)
+        o_kernel = self.o_kernel[...].astype(out.dtype)
         merged = out.reshape(*out.shape[:2], -1)
-        return jnp.einsum("btm,md->btd", merged, o_kernel.reshape(-1, o_kernel.shape[-1])), cache
+        return jnp.einsum("btm,md->btd", merged, o_kernel.reshape(-1, o_kernel.shape[-1]))
 
 
 class MLP(nnx.Module):
     """SwiGLU feed-forward (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig, weights: WeightFormat | None = None):
+    def __init__(self, config: ModelConfig, weights: WeightFormat | None = None, lora: LoraConfig | None = None):
         """Declares gate and up `[D,F]`, down `[F,D]`."""
         D, F = config.hidden_size, config.intermediate_size
         self.weights = weights
-        self.gate_kernel, self.gate_kernel_scale = kernel((D, F), ("embed", "mlp"), weights)
-        self.up_kernel, self.up_kernel_scale = kernel((D, F), ("embed", "mlp"), weights)
-        self.down_kernel, self.down_kernel_scale = kernel((F, D), ("mlp", "embed"), weights)
+        inward, down = ((D, F), ("embed", "mlp")), ((F, D), ("mlp", "embed"))
+        self.gate_kernel, self.gate_kernel_scale = kernel(*inward, weights)
+        self.up_kernel, self.up_kernel_scale = kernel(*inward, weights)
+        self.down_kernel, self.down_kernel_scale = kernel(*down, weights)
+        self.gate_lora = adapter("gate_proj", *inward, lora)
+        self.up_lora = adapter("up_proj", *inward, lora)
+        self.down_lora = adapter("down_proj", *down, lora)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B,T,D]` to `[B,T,D]`."""
         gate = project("btd,df->btf", x, self.gate_kernel, self.gate_kernel_scale, self.weights)
         up = project("btd,df->btf", x, self.up_kernel, self.up_kernel_scale, self.weights)
-        return project("btf,fd->btd", jax.nn.silu(gate) * up, self.down_kernel, self.down_kernel_scale, self.weights)
+        gate = adapted(gate, "btd,df->btf", x, self.gate_lora)
+        up = adapted(up, "btd,df->btf", x, self.up_lora)
+        inner = jax.nn.silu(gate) * up
+        down = project("btf,fd->btd", inner, self.down_kernel, self.down_kernel_scale, self.weights)
+        return adapted(down, "btf,fd->btd", inner, self.down_lora)
 
 
 class Block(nnx.Module):
     """One layer: attention and feed-forward, each behind its norm, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, weights: WeightFormat | None = None):
+    def __init__(self, config: ModelConfig, weights: WeightFormat | None = None, lora: LoraConfig | None = None):
         """Declares the arrays of one layer."""
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, weights)
+        self.attention = Attention(config, weights, lora)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, weights)
+        self.mlp = MLP(config, weights, lora)
 
     def __call__(
         self, x: jax.Array, rotary: tuple[jax.Array, jax.Array], attend: Attend, cache: Any

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qwq_jax.config.lora import LoraConfig
 from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.weights import WeightFormat
 from qwq_jax.model.spec import ArraySpec, flatten, model_spec
@@ -24,6 +25,7 @@ def bind(
     dtype: Any,
     remat: bool = False,
     weights: WeightFormat | None = None,
+    lora: LoraConfig | None = None,
 ) -> Transformer:
     """A `Transformer` that holds these arrays; cheap, meant to be called inside `jax.jit`.
 
@@ -33,13 +35,15 @@ def bind(
         dtype: Dtype of the activations.
         remat: See `Transformer`.
         weights: How `params` are quantised, and whether activations are to be; None: they are not.
+        lora: Which adapters `params` holds beside the model's own arrays; None: none.
 
     Raises:
         ValueError: A parameter is missing, or not one of the model's.
     """
     stacked = not any(path.startswith("layers.0.") for path in params)
     # A frozen pydantic model is hashable, which its base class does not say.
-    graph, state = _abstract(config, stacked, jnp.dtype(dtype), remat, weights)  # pyright: ignore[reportArgumentType]
+    kind = (config, stacked, jnp.dtype(dtype), remat, weights, lora)
+    graph, state = _abstract(*kind)  # pyright: ignore[reportArgumentType]
     flat = flatten(state)
     if flat.keys() != params.keys():
         wrong = sorted(flat.keys() ^ params.keys())
@@ -106,8 +110,14 @@ def _initial(path: str, spec: ArraySpec, key: jax.Array) -> jax.Array:
 
 @functools.lru_cache(maxsize=16)
 def _abstract(
-    config: ModelConfig, stacked: bool, dtype: Any, remat: bool, weights: WeightFormat | None
+    config: ModelConfig,
+    stacked: bool,
+    dtype: Any,
+    remat: bool,
+    weights: WeightFormat | None,
+    lora: LoraConfig | None,
 ) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(
-        nnx.eval_shape(lambda: Transformer(config, stacked=stacked, dtype=dtype, remat=remat, weights=weights))
-    )
+    def make() -> Transformer:
+        return Transformer(config, stacked=stacked, dtype=dtype, remat=remat, weights=weights, lora=lora)
+
+    return nnx.split(nnx.eval_shape(make))

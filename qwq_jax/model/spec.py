@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from qwq_jax.config.lora import LoraConfig
 from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.weights import WeightFormat
 from qwq_jax.model.transformer import Transformer
@@ -32,7 +33,10 @@ def flatten(state: nnx.State) -> dict[str, Any]:
 
 
 def model_spec(
-    config: ModelConfig, dtype: Any = jnp.bfloat16, weights: WeightFormat | None = None
+    config: ModelConfig,
+    dtype: Any = jnp.bfloat16,
+    weights: WeightFormat | None = None,
+    lora: LoraConfig | None = None,
 ) -> dict[str, ArraySpec]:
     """Every parameter of the model, by dotted path, one array a layer.
 
@@ -40,6 +44,7 @@ def model_spec(
         config: The architecture.
         dtype: Dtype of all parameters that are not quantised.
         weights: How projections are quantised: a projection has int8 or int4 and, beside it, `PATH_scale` in float32.
+        lora: Which projections have an adapter: `layers.0.attention.q_lora.a` and `.b` in float32 beside the kernel.
 
     Returns:
         For example `"layers.0.attention.q_kernel": ArraySpec((D, N, H), dtype, ("embed", "heads", None))`.
@@ -47,7 +52,7 @@ def model_spec(
     Raises:
         ValueError: The model cannot be quantised so.
     """
-    state = nnx.state(nnx.eval_shape(lambda: Transformer(config, weights=weights)))
+    state = nnx.state(nnx.eval_shape(lambda: Transformer(config, weights=weights, lora=lora)))
     return {
         path: ArraySpec(tuple(v.get_value().shape), jnp.dtype(v.own_dtype or dtype), v.axes)
         for path, v in flatten(state).items()

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qwq_jax.config.lora import LoraConfig
 from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.weights import WeightFormat
 from qwq_jax.model.layers import Attend, Block, RMSNorm, kernel, param
@@ -47,6 +48,7 @@ class Transformer(nnx.Module):
         dtype: Any = jnp.float32,
         remat: bool = False,
         weights: WeightFormat | None = None,
+        lora: LoraConfig | None = None,
     ):
         """Declares all arrays.
 
@@ -56,6 +58,7 @@ class Transformer(nnx.Module):
             dtype: Dtype of the activations; weights are cast to it where they are used.
             remat: Whether the backward pass recomputes each layer instead of keeping its activations (stacked only).
             weights: How projections are quantised, which only decoding uses; None: they are not.
+            lora: Which projections have an adapter beside them; None: none has.
 
         Raises:
             ValueError: These projections cannot be quantised so.
@@ -69,7 +72,10 @@ class Transformer(nnx.Module):
         self.remat = remat
         self.embed = Embed(config)
         self.layers: Any  # one block whose arrays are stacked, or a list of blocks
-        self.layers = Block(config) if stacked else nnx.List([Block(config, weights) for _ in range(config.num_layers)])
+        if stacked:
+            self.layers = Block(config, lora=lora)
+        else:
+            self.layers = nnx.List([Block(config, weights, lora) for _ in range(config.num_layers)])
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.head = Head(config, weights)

@@ -5,6 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from qwq_jax.config.lora import LoraConfig
 from qwq_jax.config.model import ModelConfig
 from qwq_jax.logprobs import token_logprobs
 from qwq_jax.model.attention import causal_attend
@@ -22,15 +23,16 @@ def make_sft_loss(
     compute_dtype: Literal["float32", "bfloat16"],
     logprob_chunk: int,
     remat: bool = False,
+    lora: LoraConfig | None = None,
 ) -> Loss:
     """Builds ``loss(params, batch [B, T]) -> (sum over trained tokens, {"entropy": sum})``.
 
     Logits exist for `logprob_chunk` positions of each row at a time, never for the batch; with `remat` the backward
-    pass computes each layer's activations again.
+    pass computes each layer's activations again. With `lora`, `params` holds its adapters beside the model.
     """
 
     def loss(params: Params, batch: TrainBatch) -> tuple[jax.Array, Sums]:
-        model = bind(config, params, dtype=compute_dtype, remat=remat)
+        model = bind(config, params, dtype=compute_dtype, remat=remat, lora=lora)
         attend = causal_attend(batch.segment_ids, layout)
         hidden, _ = model(batch.tokens, batch.positions, attend)
         logprob, entropy = token_logprobs(hidden, model.head_matrix(), batch.targets, chunk=logprob_chunk)

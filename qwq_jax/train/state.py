@@ -18,7 +18,8 @@ class TrainState:
     """A pytree: master weights, optimizer state and the number of steps taken.
 
     Attributes:
-        params: float32, stacked layers: ``{"layers.mlp.up_kernel": [L, D, F], "embed.embedding": [V, D], ...}``.
+        params: What is trained, float32, stacked layers: ``{"layers.mlp.up_kernel": [L, D, F], "embed.embedding":
+            [V, D], ...}``, or adapters only: ``{"layers.mlp.up_lora.a": [L, D, rank], ...}``.
         opt_state: optax's; its moments mirror `params`.
         step: int32 scalar, updates done.
     """

@@ -16,7 +16,9 @@ from qwq_jax.checkpoint.huggingface import COMPANIONS
 from qwq_jax.checkpoint.manifest import TensorRecord
 from qwq_jax.checkpoint.names import name_table
 from qwq_jax.checkpoint.store import Checkpoint, CheckpointWriter, restore_params
+from qwq_jax.config.lora import LoraConfig
 from qwq_jax.config.model import ModelConfig
+from qwq_jax.model.lora import adapted_kernel, lora_spec, merge
 from qwq_jax.model.params import random_params, stack
 from qwq_jax.model.spec import model_spec, stacked_spec
 from qwq_jax.sharding import Layout
@@ -55,6 +57,25 @@ def abstract_params(config: ModelConfig, *, dtype: Any, layout: Layout) -> dict[
     return {
         name: jax.ShapeDtypeStruct(array.shape, np.dtype(dtype), sharding=places[name]) for name, array in spec.items()
     }
+
+
+def abstract_adapters(config: ModelConfig, lora: LoraConfig, *, layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
+    """Stacked adapters before they exist: shapes, types and shardings."""
+    return {
+        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=layout.sharding(array.axes, array.shape))
+        for name, array in lora_spec(config, lora).items()
+    }
+
+
+def merged_weights(base: Params, adapters: Params, lora: LoraConfig) -> Params:
+    """The stacked model with its adapters merged in, laid out as `base`, whose arrays are used up: keep none of them.
+
+    For weights that an engine shall have while training goes on, call `merge` inside the `jax.jit` that moves them.
+    """
+    kernels = {name: base[name] for name in map(adapted_kernel, adapters)}
+    places = {name: kernel.sharding for name, kernel in kernels.items()}
+    run = jax.jit(partial(merge, lora=lora), donate_argnums=0, out_shardings=places)
+    return {**base, **run(kernels, adapters)}
 
 
 def companion_files(directory: str) -> dict[str, bytes]:
