@@ -11,14 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwq_jax import logprobs
 from qwq_jax.rl import advantage, loss
-from qwq_jax.train.packing import Segment, fill_rows, plan_rows
+from qwq_jax.train import packing
+from qwq_jax.train.packing import Segment, plan_rows
 
 VOCABULARY = 7
 LONGEST = 16
 TEMPERATURE = 0.6
 
-CODE = SimpleNamespace(advantage=advantage, loss=loss)
+# What is tested: a copy of it with a mistake in it must not pass.
+CODE = SimpleNamespace(advantage=advantage, loss=loss, packing=packing, logprobs=logprobs)
 
 
 @dataclass
@@ -123,7 +126,7 @@ def segments_of(config, samples, code=CODE) -> list[Segment]:
     return segments
 
 
-def pack(segments, *, row_length=32, rows=8, pad=0):
+def pack(segments, *, row_length=32, rows=16, pad=0, code=CODE):
     """Rows as training packs them, and where each sequence lies: (row, first slot)."""
     plan = plan_rows([s.slots for s in segments], row_length=row_length)
     assert len(plan) <= rows
@@ -134,13 +137,13 @@ def pack(segments, *, row_length=32, rows=8, pad=0):
         for index in row:
             places[index] = (r, start)
             start += segments[index].slots
-    packed = fill_rows([[segments[i] for i in row] for row in plan], row_length=row_length, pad=pad)
+    packed = code.packing.fill_rows([[segments[i] for i in row] for row in plan], row_length=row_length, pad=pad)
     return packed, [places[i] for i in range(len(segments))]
 
 
-def alone(segments, *, row_length=32):
+def alone(segments, *, row_length=32, code=CODE):
     """A row for each sequence."""
-    packed = fill_rows([[segment] for segment in segments], row_length=row_length)
+    packed = code.packing.fill_rows([[segment] for segment in segments], row_length=row_length)
     return packed, [(i, 0) for i in range(len(segments))]
 
 
@@ -171,7 +174,7 @@ def gather(rows, places, lengths):
 
 def ours(config, samples, *, layout=pack, code=CODE, temperature=TEMPERATURE, **changes):
     """The loss, its gradient with respect to the logits of each sequence, and what it reports."""
-    packed, places = layout(segments_of(config, samples, code))
+    packed, places = layout(segments_of(config, samples, code), code=code)
     logits = jnp.asarray(scatter([s.logits for s in samples], places, packed.tokens.shape))
     tokens = policy_tokens(packed, code, **changes)
 

@@ -125,13 +125,14 @@ def test_what_is_reported_is_what_happened():
 def test_a_gradient_ends_where_the_ratio_is_beyond_its_bounds():
     """Advantage +1 above 1 + clip_high, and -1 below 1 - clip_low: nothing; the other way round: everything."""
     config = ObjectiveConfig(name="grpo", kl="none", rollout_correction="none", delta=2.5)
-    old = jnp.zeros((1, 6))
-    logp = jnp.log(jnp.array([[1.5, 0.5, 1.5, 0.5, 3.0, 1.0]]))
-    advantages = jnp.array([[1.0, -1.0, -1.0, 1.0, -1.0, 1.0]])
-    ones = jnp.ones((1, 6))
-    tokens = PolicyTokens(ones.astype(bool), ones.astype(jnp.int32), advantages, ones, old_logp=old)
-    gradient = jax.grad(lambda x: policy_loss(config, logp=x, entropy=0 * x, tokens=tokens).value)(logp)
-    np.testing.assert_allclose(gradient, [[0.0, 0.0, 1.5, -0.5, 0.0, -1.0]], atol=1e-6)
+    logp, advantages, one = (np.zeros((16, 32), np.float32) for _ in range(3))
+    logp[0, :6] = np.log([1.5, 0.5, 1.5, 0.5, 3.0, 1.0])
+    advantages[0, :6] = [1.0, -1.0, -1.0, 1.0, -1.0, 1.0]
+    one[0, :6] = 1.0
+    weights, ids = jnp.asarray(one), jnp.asarray(one, jnp.int32)
+    tokens = PolicyTokens(weights > 0, ids, jnp.asarray(advantages), weights, old_logp=jnp.zeros((16, 32)))
+    gradient = jax.grad(lambda x: policy_loss(config, logp=x, entropy=0 * x, tokens=tokens).value)(jnp.asarray(logp))
+    np.testing.assert_allclose(gradient[0, :6], [0.0, 0.0, 1.5, -0.5, 0.0, -1.0], atol=1e-6)
 
 
 @pytest.mark.parametrize("name", papers.PAPERS)
