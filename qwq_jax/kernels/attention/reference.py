@@ -95,6 +95,8 @@ def _attend_decode(
         Output `[B, N, H]` and log-sum-exp `[B, N]`, float32.
     """
     (B, N, H), W = q.shape, page_table.shape[1]
+    if B == 1 and W <= DECODE_PAGES:
+        return _attend_alone(q[0], layer, page_table[0], kv_length[0], scale)
     K, _, _, page, _ = layer.kv.shape
     G, size = N // K, min(DECODE_PAGES, B * W)
     total = -(-B * W // size) * size
@@ -137,6 +139,30 @@ def _attend_decode(
     out = jnp.sum(share[..., None] * outs[:, at], axis=2) / normaliser[..., None]
     lse = highest + jnp.log(normaliser)
     return out.transpose(1, 0, 2, 3).reshape(B, N, H), lse.transpose(1, 0, 2).reshape(B, N)
+
+
+def _attend_alone(
+    q: jax.Array, layer: PagedLayer, pages: jax.Array, length: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """As `_attend_decode` for one row, q `[N, H]`, of few pages `[W]`: all of them at once, with nothing to join.
+
+    Returns:
+        Output `[1, N, H]` and log-sum-exp `[1, N]`, float32.
+    """
+    (N, H), (K, _, _, page, _) = q.shape, layer.kv.shape
+    S = pages.shape[0] * page
+    live = jnp.arange(S) < length
+    keys, values = (_read_pages(layer, pages, which, q.dtype).reshape(K, S, H) for which in (KEY, VALUE))
+    queries = q.reshape(K, N // K, H)
+    scores = jnp.einsum("kgh,ksh->kgs", queries, keys, preferred_element_type=jnp.float32) * scale
+    scores = jnp.where(live, scores, MASKED)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    # Pages are reused and never cleared: what lies past the row's end may be NaN, and 0 x NaN is NaN.
+    values = jnp.where(live[:, None], values, 0)
+    out = jnp.einsum("kgs,ksh->kgh", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
+    return (out / total).reshape(1, N, H), (top + jnp.log(total)).reshape(1, N)
 
 
 def _attend_chunks(
