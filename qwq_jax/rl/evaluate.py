@@ -138,38 +138,35 @@ def evaluate(tasks: Sequence[JudgedTask], ks: Sequence[int]) -> Evaluation:
     """
     measures = task_measures(tasks, ks)
     sources = np.array([task.source for task in tasks])
-    rows = [_row(ALL, tasks, measures, np.ones(len(tasks), bool))]
-    names = sorted(set(sources.tolist()))
-    if len(names) > 1:
-        rows += [_row(name or "(none)", tasks, measures, sources == name) for name in names]
-    return Evaluation(tuple(rows))
+    return Evaluation(tuple(_row(source, tasks, measures, chosen) for source, chosen in _by_source(sources)))
 
 
-def compare(before: Sequence[JudgedTask], after: Sequence[JudgedTask], ks: Sequence[int]) -> dict[str, Estimate]:
-    """How much better the tasks are solved that both evaluations have, by name of the measure.
+def compare(
+    before: Sequence[JudgedTask], after: Sequence[JudgedTask], ks: Sequence[int]
+) -> dict[str, dict[str, Estimate]]:
+    """How much better the tasks are solved that both evaluations have, by source and name of the measure.
 
-    Intervals are those of a paired difference, much narrower than what the two intervals beside each other suggest.
+    Sources are those of `evaluate`: all tasks first. Intervals are those of a paired difference, much narrower than
+    what the two intervals beside each other suggest.
 
     Raises:
         ValueError: As `evaluate`, or the two have no task in common.
     """
-    earlier, later = ({task.task_id: task for task in tasks} for tasks in (before, after))
-    shared = sorted(earlier.keys() & later.keys())
-    if not shared:
+    earlier = {task.task_id: task for task in before}
+    pairs = [(earlier[task.task_id], task) for task in after if task.task_id in earlier]
+    if not pairs:
         raise ValueError("the two evaluations have no task in common, so that they cannot be compared")
-    first = task_measures([earlier[name] for name in shared], ks)
-    second = task_measures([later[name] for name in shared], ks)
-    differences = {}
-    for name, x in first.items():
-        y = second.get(name)
-        if y is None or np.all(np.isnan(x.values + y.values)):
-            continue
-        known = ~np.isnan(x.values + y.values)
-        if x.is_share:
-            differences[name] = paired_interval(x.values[known], y.values[known], blocks=(x.blocks, y.blocks))
-        else:
-            differences[name] = mean_interval(y.values[known] - x.values[known])
-    return differences
+    first = task_measures([pair[0] for pair in pairs], ks)
+    second = task_measures([pair[1] for pair in pairs], ks)
+    sources = np.array([task.source for _, task in pairs])
+    return {
+        source: {
+            name: gain
+            for name, measure in first.items()
+            if name in second and (gain := _gain(measure, second[name], chosen)) is not None
+        }
+        for source, chosen in _by_source(sources)
+    }
 
 
 def task_measures(tasks: Sequence[JudgedTask], ks: Sequence[int]) -> dict[str, Measure]:
@@ -327,6 +324,22 @@ def _sample_count(tasks: Sequence[JudgedTask]) -> int:
     if not 1 <= count <= MAX_SAMPLES:
         raise ValueError(f"expected from 1 to {MAX_SAMPLES} samples of a task, got {count}")
     return count
+
+
+def _by_source(sources: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """All tasks, and those of each source if there are several: its name, and which they are."""
+    names = sorted(set(sources.tolist()))
+    apart = [(name or "(none)", sources == name) for name in names]
+    return [(ALL, np.ones(len(sources), bool)), *(apart if len(names) > 1 else [])]
+
+
+def _gain(before: Measure, after: Measure, chosen: np.ndarray) -> Estimate | None:
+    """The mean difference over those of the chosen tasks that have both values."""
+    known = chosen & ~np.isnan(before.values + after.values)
+    if not known.any():
+        return None
+    x, y = before.values[known], after.values[known]
+    return paired_interval(x, y, blocks=(before.blocks, after.blocks)) if before.is_share else mean_interval(y - x)
 
 
 def _row(source: str, tasks: Sequence[JudgedTask], measures: Mapping[str, Measure], chosen: np.ndarray) -> Row:

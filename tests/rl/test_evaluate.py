@@ -218,13 +218,15 @@ def test_what_no_reward_judges_is_left_out():
 
 
 def test_an_improvement_is_counted_on_the_tasks_that_both_have():
-    before = [judged("1", "RWWW"), judged("2", "WWWW"), judged("gone", "WWWW")]
-    after = [judged("new", "RRRR"), judged("2", "RRWW"), judged("1", "RRRR")]
+    before = [judged("1", "RWWW"), judged("2", "WWWW", "b"), judged("gone", "WWWW"), judged("chat", "????", "c")]
+    after = [judged("new", "RRRR"), judged("2", "RRWW", "b"), judged("1", "RRRR"), judged("chat", "????", "c")]
     gains = compare(before, after, [1, 4])
-    assert gains["avg@4"].value == pytest.approx((0.75 + 0.5) / 2)
-    assert gains["pass@4"].value == pytest.approx(0.5)
-    assert gains["reward"].value == pytest.approx(0.625)
-    assert gains["avg@4"].low < gains["avg@4"].value < gains["avg@4"].high
+    assert list(gains) == [ALL, "a", "b", "c"]
+    assert gains[ALL]["avg@4"].value == pytest.approx((0.75 + 0.5) / 2)
+    assert gains[ALL]["pass@4"].value == pytest.approx(0.5)
+    assert gains[ALL]["reward"].value == pytest.approx((0.75 + 0.5 + 0) / 3)
+    assert gains["b"]["avg@4"].value == pytest.approx(0.5) and list(gains["c"]) == ["reward"]
+    assert gains[ALL]["avg@4"].low < gains[ALL]["avg@4"].value < gains[ALL]["avg@4"].high
 
 
 @pytest.mark.parametrize(
