@@ -87,6 +87,7 @@ class Report:
         results: The table.
         samples: The replies, in this order.
         config: The settings of the run, nested as in its TOML file.
+        labels: What the two sides of `results` and `samples` are called; one that is empty is not shown.
     """
 
     title: str
@@ -96,6 +97,7 @@ class Report:
     results: Results = Results()
     samples: tuple[ShownTask, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
+    labels: tuple[str, str] = ("before", "after")
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -114,7 +116,8 @@ def render_report(report: Report) -> str:
     page = environment.from_string(PAGE).render(
         report=report,
         style=STYLE.replace("$LIGHT", LIGHT_COLOURS).replace("$DARK", DARK_COLOURS) + CHART_STYLE,
-        headline=_headline(report.results),
+        headline=_headline(report.results, report.labels),
+        columns=_columns(report.results, report.labels),
         table=list(_table(report.results)),
         charts=[svg(chart) for chart in charts(report.curves)],
         numbers=list(_numbers(report.curves)),
@@ -166,11 +169,10 @@ def _points(measure: Measure, records: Records) -> tuple[tuple[float, float], ..
     return tuple((float(step), value) for step, value in values if value is not None)
 
 
-def _headline(results: Results) -> list[tuple[str, str]]:
+def _headline(results: Results, labels: tuple[str, str]) -> list[tuple[str, str]]:
     """The accuracy before and after, and the gain; of what there is."""
-    rows = [("before", results.before), ("after", results.after)]
     found = []
-    for label, evaluation in rows:
+    for label, evaluation in zip(labels, (results.before, results.after), strict=True):
         for name, estimate in evaluation.total.measures.items() if evaluation else ():
             if name.startswith("avg@"):
                 found.append((f"{name} {label}", estimate_text(estimate, share=True)))
@@ -178,6 +180,12 @@ def _headline(results: Results) -> list[tuple[str, str]]:
         if name.startswith("avg@"):
             found.append(("gain", estimate_text(estimate, share=True, signed=True)))
     return found
+
+
+def _columns(results: Results, labels: tuple[str, str]) -> list[tuple[int, str]]:
+    """Which of the three values of a line are shown, and what they are called."""
+    there = (results.before is not None, results.after is not None, bool(results.gains))
+    return [(index, label) for index, label in enumerate((*labels, "gain")) if there[index]]
 
 
 def _table(results: Results) -> Iterator[dict[str, Any]]:

@@ -25,7 +25,7 @@ tbody th{font-weight:600}
 article{margin:0 0 24px;border:1px solid var(--grid);border-radius:8px;overflow:hidden}
 article>header{padding:10px 14px;background:var(--pale)}
 .pair{display:grid;grid-template-columns:1fr 1fr}
-.pair>section{padding:10px 14px;min-width:0}.pair>section+section{border-left:1px solid var(--grid)}
+article section{padding:10px 14px;min-width:0}.pair>section+section{border-left:1px solid var(--grid)}
 @media(max-width:800px){.pair{grid-template-columns:1fr}
 .pair>section+section{border-left:0;border-top:1px solid var(--grid)}}
 .text{white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.45 ui-monospace,monospace;margin:0}
@@ -90,18 +90,19 @@ PAGE = """<!DOCTYPE html>
 <h2 id="evaluation">Evaluation</h2>
 <div class="wide" role="group" tabindex="0" aria-labelledby="evaluation">
 <table>
-<caption>Means over tasks, in parentheses their 95 % intervals; the gain is over the tasks that both have.</caption>
-<thead><tr><th scope="col">source</th><th scope="col">measure</th><th scope="col">before</th>
-<th scope="col">after</th><th scope="col">gain</th></tr></thead>
+<caption>Means over tasks, in parentheses their 95 % intervals
+{%- if columns | length == 3 %}; the gain is over the tasks that both have{% endif %}.</caption>
+<thead><tr><th scope="col">source</th><th scope="col">measure</th>
+{%- for _, label in columns %}<th scope="col">{{ label }}</th>{% endfor %}</tr></thead>
 {% for group in table %}
 <tbody>
-{% for name, before, after, gain in group.lines %}
+{% for line in group.lines %}
 <tr>
 {% if loop.first %}
 <th scope="rowgroup" rowspan="{{ group.lines | length }}">{{ group.source }}
 <br><span class="dim">{{ group.tasks }} tasks x {{ group.samples }}</span></th>
 {% endif %}
-<td>{{ name }}</td><td>{{ before }}</td><td>{{ after }}</td><td>{{ gain }}</td></tr>
+<td>{{ line[0] }}</td>{% for index, _ in columns %}<td>{{ line[1 + index] }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody>
 {% endfor %}
@@ -151,7 +152,7 @@ PAGE = """<!DOCTYPE html>
 {% endif %}
 {% if samples %}
 <section aria-labelledby="samples">
-<h2 id="samples">Replies before and after</h2>
+<h2 id="samples">Replies</h2>
 {% for each in samples %}
 <article>
 <header>
@@ -163,9 +164,9 @@ PAGE = """<!DOCTYPE html>
 <p class="dim">expected: {{ each.expected }}</p>
 {% endif %}
 </header>
-<div class="pair">
-{{ shown(each.before, "before") }}
-{{ shown(each.after, "after") }}
+<div class="{{ 'pair' if report.labels[0] and report.labels[1] }}">
+{% if report.labels[0] %}{{ shown(each.before, report.labels[0]) }}{% endif %}
+{% if report.labels[1] %}{{ shown(each.after, report.labels[1]) }}{% endif %}
 </div>
 </article>
 {% endfor %}

@@ -39,17 +39,27 @@ class _Line(Frozen):
     prompt: str | None = Field(default=None, min_length=1)
     source: str = ""
     answer: Any = None
-    tests: tuple[Any, ...] | None = Field(default=None, min_length=1)
+    tests: Any = None
     instructions: tuple[Any, ...] | None = Field(default=None, min_length=1)
     entry: dict[str, Any] | None = Field(default=None, min_length=1)
     difficulty: float | None = Field(default=None, ge=0.0, le=1.0)
 
+    @field_validator("tests")
+    @classmethod
+    def _some(cls, value: Any) -> Any:
+        if value is not None and not (isinstance(value, str | dict | tuple) and value):
+            raise ValueError(f"expected a test or a list of tests, got {shortened(value)}")
+        return value
+
     @field_validator("answer")
     @classmethod
     def _texts(cls, value: Any) -> Any:
-        texts = value if isinstance(value, tuple) else (value,)
-        if value is not None and not (texts and all(isinstance(text, str) and text for text in texts)):
-            raise ValueError(f"expected a text or a list of texts, none of them empty, got {shortened(value)}")
+        answers = value if isinstance(value, tuple) else (value,)
+        fit = (isinstance(answer, str | int | float) and not isinstance(answer, bool) for answer in answers)
+        if value is not None and not (answers and all(fit) and all(str(answer).strip() for answer in answers)):
+            raise ValueError(
+                f"expected a text, a number or a list of these, none of them empty, got {shortened(value)}"
+            )
         return value
 
     @model_validator(mode="after")

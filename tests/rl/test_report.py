@@ -96,7 +96,7 @@ def test_the_page_holds_all_that_it_is_given():
     ):  # fmt: skip
         assert part in page.text, part
     assert [data for tag, data in page.texts if tag == "h2"] == [
-        "Evaluation", "Curves", "Time", "Replies before and after", "Settings",
+        "Evaluation", "Curves", "Time", "Replies", "Settings",
     ]  # fmt: skip
     assert page.text.index("six times six") < page.text.index("six times seven"), "before is on the left"
     dimmed = [attributes for attributes in page.all_of("div") if "thought" in (attributes.get("class") or "")]
@@ -153,8 +153,17 @@ def test_one_evaluation_is_enough(missing):
     both = results()
     one = Results(None, both.after) if missing == "before" else Results(both.before, None)
     page = Page(render_report(Report("x", results=one)))
+    assert "gain" not in page.text and len(page.all_of("th")) == 2 + 1 + 3, "no empty columns"
     assert ("avg@4 after" in page.text) is (missing == "before")
     assert ("avg@4 before" in page.text) is (missing == "after")
+
+
+def test_sides_may_have_other_names_or_be_one():
+    shown = ShownTask(Task("1", ({"role": "user", "content": "?"},)), ShownReply(None, "old", 0.0), None)
+    page = Page(render_report(Report("x", samples=(shown,), labels=("step 3", "step 9"))))
+    assert [attributes.get("aria-label") for attributes in page.all_of("section")][1:] == ["reply step 3", "reply step 9"]
+    page = Page(render_report(Report("x", samples=(shown,), labels=("now", ""))))
+    assert [attributes.get("aria-label") for attributes in page.all_of("section")][1:] == ["reply now"]
 
 
 def test_the_same_report_is_the_same_bytes(tmp_path):

@@ -23,11 +23,11 @@ def test_a_file_is_read_in_order_with_all_that_rewards_need(tmp_path):
     messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Sort."}]
     tests, rules = [{"input": "2 1", "output": "1 2"}], [{"kind": "words", "least": 3}]
     line = {"id": "b", "messages": messages, "source": "code", "tests": tests, "instructions": rules, "difficulty": 1}
-    several = {"id": "c", "prompt": "x", "answer": ["yes", "true"]}
+    several = {"id": "c", "prompt": "x", "answer": ["yes", 1]}
     assert read_tasks(write(tmp_path, "\ufeff" + json.dumps(GOOD), "", line, several)) == [
         Task("a", ({"role": "user", "content": "What is 6 x 7?"},), "", {"answer": "42"}),
         Task("b", tuple(messages), "code", {"tests": tests, "instructions": rules}, 1.0),
-        Task("c", ({"role": "user", "content": "x"},), "", {"answer": ["yes", "true"]}),
+        Task("c", ({"role": "user", "content": "x"},), "", {"answer": ["yes", 1]}),
     ]
 
 
@@ -44,11 +44,13 @@ def test_a_file_is_read_in_order_with_all_that_rewards_need(tmp_path):
         ({"id": "", "prompt": "x"}, "tasks.jsonl:2: id: "),
         ({"id": "b"}, "tasks.jsonl:2: expected one of messages and prompt, got none"),
         ({"id": "b", "prompt": "x", "messages": [{"role": "user", "content": "x"}]}, "messages and prompt, got both"),
-        ({"id": "b", "prompt": "x", "answer": 42}, "tasks.jsonl:2: answer: expected a text or a list .* got 42"),
+        ({"id": "b", "prompt": "x", "answer": True}, "tasks.jsonl:2: answer: expected a text, a number or .* got true"),
+        ({"id": "b", "prompt": "x", "answer": {"is": 4}}, "tasks.jsonl:2: answer: expected a text"),
+        ({"id": "b", "prompt": "x", "answer": " "}, "tasks.jsonl:2: answer: expected a text"),
         ({"id": "b", "prompt": "x", "answer": ["4", ""]}, "tasks.jsonl:2: answer: expected .* none of them empty"),
         ({"id": "b", "prompt": "x", "answer": []}, "tasks.jsonl:2: answer: expected a text"),
-        ({"id": "b", "prompt": "x", "tests": "assert f(1)"}, "tasks.jsonl:2: tests: expected a list"),
-        ({"id": "b", "prompt": "x", "tests": []}, "tasks.jsonl:2: tests: .* at least 1 item"),
+        ({"id": "b", "prompt": "x", "tests": 3}, "tasks.jsonl:2: tests: expected a test or a list of tests, got 3"),
+        ({"id": "b", "prompt": "x", "tests": []}, r"tasks.jsonl:2: tests: expected a test or .* got \[\]"),
         ({"id": "b", "prompt": "x", "difficulty": 2}, "tasks.jsonl:2: difficulty: .* less than or equal to 1"),
         ({"id": "b", "prompt": "x", "difficulty": True}, "tasks.jsonl:2: difficulty"),
         ({"id": "b", "messages": []}, "tasks.jsonl:2: messages"),
