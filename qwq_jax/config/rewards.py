@@ -107,7 +107,7 @@ class ExactConfig(Frozen):
 class NumericConfig(Frozen):
     """A piece of the answer is a number near enough to ``judge.answer``.
 
-    Fractions, thousands separators, percentages and units behind the number are understood; see `numbers.py`.
+    Fractions, thousands separators, percentages and units behind the number are understood; see `quantity.py`.
 
     Attributes:
         take: Which piece; its last number counts unless it is a ``boxed`` one, which has to be a number as a whole.
@@ -172,7 +172,7 @@ class FormatConfig(Frozen):
 
 
 class CodeConfig(Frozen):
-    """The program in the answer's last fenced block passes ``judge.tests``, in a sandbox; see `code.py` for the tests.
+    """The program in the answer's last fenced block passes ``judge.tests``, in a sandbox; see `programs.py` for the tests.
 
     Attributes:
         seconds: Wall-clock time for all tests of one program.
@@ -205,7 +205,7 @@ class CodeConfig(Frozen):
 
 
 class InstructionsConfig(Frozen):
-    """The answer keeps the rules in ``judge.instructions``; see `instructions.py` for them.
+    """The answer keeps the rules in ``judge.instructions``; see `rules.py` for them.
 
     Attributes:
         partial: Gives the share of rules kept, rather than 1 for all and 0 for fewer.
@@ -225,7 +225,7 @@ class LengthConfig(Frozen):
 
     Up to `soft_tokens` it is worth `shorter`, from `hard_tokens` on `longer`, and between them the curve goes down. A
     ``cosine`` beginning at 0 tokens, once with ``when = "correct"`` and once, rising, with ``when = "wrong"``, is the
-    reward of Yeung et al., "Demystifying Long Chain-of-Thought Reasoning" (arXiv 2502.03373), section 4.
+    reward of Yeung et al., "Demystifying Long Chain-of-Thought Reasoning" (arXiv 2502.03373).
 
     Attributes:
         curve: The form; ``overlong`` goes from 0 to -1 and takes no other values.
