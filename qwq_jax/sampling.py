@@ -95,7 +95,8 @@ class Sampled(NamedTuple):
 
     Attributes:
         tokens: `[...]` int32.
-        logprobs: `[...]` float32, of the drawn token under the unmodified logits (temperature 1, nothing cut).
+        logprobs: `[...]` float32, of the drawn token under the unmodified logits (nothing cut), at temperature 1 or at
+            the row's own, as `sample` was told.
         top_ids: `[..., num_top]` int32, the most likely tokens under them, most likely first.
         top_logprobs: `[..., num_top]` float32, theirs.
     """
@@ -114,6 +115,7 @@ def sample(
     edits: LogitEdits | None = None,
     layout: Layout | None = None,
     candidates: int = CANDIDATES,
+    scaled_logprobs: bool = False,
 ) -> Sampled:
     """Draws one token a row. In a row whose edits leave no token it is token 0.
 
@@ -124,10 +126,11 @@ def sample(
         edits: Changes of the logits that do not show in the reported log-probabilities.
         layout: The mesh that holds the logits; without one the caller's sharding is left to the compiler.
         candidates: Tokens of each part of the vocabulary from which most rows are drawn; static, and changes no token.
+        scaled_logprobs: Report log-probabilities at the row's temperature, where that is not 0.
     """
     edits = edits or LogitEdits()
     V = logits.shape[-1]
-    draw = functools.partial(_sample, num_top=num_top, count=min(candidates, V))
+    draw = functools.partial(_sample, num_top=num_top, count=min(candidates, V), scaled=scaled_logprobs)
     if layout is None:
         return draw(logits, params, edits, part=_Part((), (), V))
     spec = layout.spec(("replica", *[None] * (logits.ndim - 2), "vocab"), logits.shape)
@@ -215,14 +218,15 @@ class _Part:
 
 
 def _sample(
-    logits: jax.Array, params: SamplingArrays, edits: LogitEdits, *, num_top: int, count: int, part: _Part
+    logits: jax.Array, params: SamplingArrays, edits: LogitEdits, *, num_top: int, count: int, scaled: bool, part: _Part
 ) -> Sampled:
     """`sample` on one device: logits `[..., part.width]`, all else of whole rows."""
     shape = logits.shape[:-1]
     flat = logits.reshape(-1, part.width)
     params, edits = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(shape) :]), (params, edits))
     peak = part.greatest(flat)
-    normaliser = peak + jnp.log(part.total(jnp.exp(flat - peak[:, None])))
+    divisor = jnp.where(params.temperature > 0, params.temperature, 1) if scaled else jnp.ones_like(peak)
+    normaliser = peak / divisor + jnp.log(part.total(jnp.exp((flat - peak[:, None]) / divisor[:, None])))
     edited, untouched = _edit(flat, edits, part), all(x is None for x in edits)
     best = peak if untouched else part.greatest(edited)
     # Reported tokens and candidates are found at once where they are the same.
@@ -240,10 +244,10 @@ def _sample(
     tokens = jax.lax.cond(part.any(warm), draw, lambda: greedy)
     place = part.place(tokens)[:, None]
     chosen = jnp.take_along_axis(flat, jnp.minimum(place, part.width - 1), axis=-1)
-    logprobs = part.total(jnp.where(place < part.width, chosen, 0)) - normaliser
+    logprobs = part.total(jnp.where(place < part.width, chosen, 0)) / divisor - normaliser
     if top is None or top_ids is None:
         top, top_ids = jnp.zeros((flat.shape[0], 0), jnp.float32), jnp.zeros((flat.shape[0], 0), jnp.int32)
-    top_logprobs = (top - normaliser[:, None])[:, :num_top]
+    top_logprobs = (top / divisor[:, None] - normaliser[:, None])[:, :num_top]
     return Sampled(*(x.reshape(*shape, *x.shape[1:]) for x in (tokens, logprobs, top_ids[:, :num_top], top_logprobs)))
 
 

@@ -93,3 +93,14 @@ def test_neither_noise_nor_candidates_where_all_rows_take_the_most_likely(rng):
     jaxpr = jax.make_jaxpr(sample)(jnp.zeros((2, V)), arrays(2))
     outside = {equation.primitive.name for equation in jaxpr.eqns}
     assert "cond" in outside and not outside & {"top_k", "sort", "threefry2x32"}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.6, 1.7])
+def test_scaled_logprobs_are_those_of_the_distribution_drawn_from(temperature, rng):
+    logits = 3 * rng.standard_normal((50, V)).astype(np.float32)
+    out = jax.jit(lambda x, p: sample(x, p, num_top=3, scaled_logprobs=True))(
+        jnp.asarray(logits), arrays(50, temperature=temperature)
+    )
+    expected = np.asarray(jax.nn.log_softmax(logits / (temperature or 1.0)))
+    np.testing.assert_allclose(out.logprobs, expected[np.arange(50), out.tokens], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(out.top_logprobs, -np.sort(-expected, axis=-1)[:, :3], rtol=1e-5, atol=1e-6)

@@ -32,6 +32,8 @@ class EngineConfig(Frozen):
             ``None`` leaves them as the checkpoint has them, which may itself be quantised.
         activations: ``int8`` makes inputs of 8-bit projections int8 too: twice the products a second of prompts, on
             TPUs that have them (v5e, v5p, v6e).
+        logprobs: Those that are reported: of the model itself, as OpenAI's API has them, or at the request's
+            ``temperature``, as training on what was drawn needs them.
     """
 
     max_sequences: PositiveInt = 32
@@ -47,3 +49,4 @@ class EngineConfig(Frozen):
     cache_dtype: Literal["float32", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2"] | None = None
     weights: WeightName | None = None
     activations: Literal["int8"] | None = None
+    logprobs: Literal["model", "temperature"] = "model"

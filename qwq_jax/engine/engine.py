@@ -129,6 +129,17 @@ class Engine:
         self.runner.warm_up(programs, lambda done: progress(done, len(programs)))
         return len(programs)
 
+    def replace_weights(self, params: Any) -> None:
+        """Answer with other weights from now on, of the same shapes, types and places; forgets what is in the cache.
+
+        Raises:
+            ValueError: Requests are being answered, which would mix the two.
+        """
+        if self.busy:
+            raise ValueError("weights cannot be replaced while requests are being answered")
+        self._scheduler.forget_pages()
+        self.runner.replace_weights(params)
+
     def check(self, request: Request) -> None:
         """Raise ValueError if this request can never be served."""
         prompt, shape = request.prompt_token_ids, self._shape

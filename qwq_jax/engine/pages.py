@@ -99,6 +99,12 @@ class PagePool:
             else:
                 self._kept[page] = None
 
+    def forget(self) -> None:
+        """Keep nothing that nobody holds: what pages hold is no longer what their tokens would give."""
+        assert len(self._empty) + len(self._kept) == self.size, "a page is held"
+        while self._kept:
+            self._empty.append(self._evict())
+
     def _evict(self) -> int:
         page, _ = self._kept.popitem(last=False)
         digest, self._digest[page] = self._digest[page], None

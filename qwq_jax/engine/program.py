@@ -162,7 +162,14 @@ class Step(NamedTuple):
         )
         num_top = MAX_TOP_LOGPROBS if self.program.top else 0
         edits = self._edits(arrays, generated, position)
-        return sample(model.logits(hidden), params, num_top=num_top, edits=edits, layout=self.layout)
+        return sample(
+            model.logits(hidden),
+            params,
+            num_top=num_top,
+            edits=edits,
+            layout=self.layout,
+            scaled_logprobs=self.shape.scaled_logprobs,
+        )
 
     def _edits(self, arrays: Arrays, generated: jax.Array | None, position: jax.Array) -> LogitEdits | None:
         program = self.program

@@ -77,6 +77,12 @@ class DeviceRunner:
         outcome = jax.device_get(ticket)
         return StepResult(_draws(outcome.decode), *(drawn and _draws(drawn) for drawn in outcome[1:]))
 
+    def replace_weights(self, params: Params) -> None:
+        """Work with these from the next step on; the programs stay, so shapes, types and places must too."""
+        described = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)  # noqa: E731
+        assert described(params) == described(self._params), "other shapes, types or places"
+        self._params = params
+
     def warm_up(self, programs: Iterable[Program], progress: Callable[[int], None] = lambda done: None) -> None:
         """Compile programs ahead of need; `progress` is told how many are ready."""
         for done, program in enumerate(programs, start=1):
@@ -164,6 +170,7 @@ def engine_shape(model: ModelConfig, layout: Layout, config: EngineConfig) -> En
         drafts=config.draft_tokens,
         prefix_cache=config.prefix_cache,
         growth=_GROWTH_ON_TPU if device.platform == "tpu" else _GROWTH_ELSEWHERE,
+        scaled_logprobs=config.logprobs == "temperature",
     )
 
 

@@ -59,6 +59,11 @@ class Scheduler:
         self.shared_tokens = 0
         """Prompt tokens that were found in the cache."""
 
+    def forget_pages(self) -> None:
+        """Let no later sequence begin with what the pages hold; none runs now."""
+        for replica in self._replicas:
+            replica.pool.forget()
+
     @property
     def waiting(self) -> int:
         """Sequences without a row."""

@@ -28,6 +28,7 @@ class EngineShape:
     decode rows, and `prefill_chunk` prompt tokens of at most `max_prefill_sequences` sequences in one step.
     `decode_window` is the most tokens that a sequence draws before the host looks, `drafts` the most that are guessed,
     and `growth` the ratio of the lengths of chunks, and its square that of the widths of tables, that get programs.
+    `scaled_logprobs` are reported at the temperature of the request.
     """
 
     replicas: int
@@ -42,6 +43,7 @@ class EngineShape:
     drafts: int = 0
     prefix_cache: bool = True
     growth: int = 2
+    scaled_logprobs: bool = False
 
     @property
     def context(self) -> int:
@@ -209,6 +211,10 @@ class Runner(Protocol):
 
     def warm_up(self, programs: Iterable[Program], progress: Callable[[int], None]) -> None:
         """Compile programs ahead of need; `progress` is told how many are ready."""
+        ...
+
+    def replace_weights(self, params: Any) -> None:
+        """Compute with these from the next step on."""
         ...
 
     def submit(self, plan: StepPlan) -> Any:

@@ -288,3 +288,18 @@ def test_tokens_drawn_at_guesses_follow_the_exact_distribution(tiny_config: Mode
     expected = exact[frequent] * len(seconds)
     counts, expected = (np.append(x, len(seconds) - x.sum()) for x in (counts, expected))
     assert stats.chisquare(counts, expected).pvalue > 1e-3
+
+
+def test_replaced_weights_answer_as_an_engine_that_began_with_them(tiny_config, params, prompts, greedy) -> None:
+    """Also where the cache holds the beginning of the prompt, as the old weights computed it."""
+    other = {path: (1.5 if path.endswith("down_kernel") else 1.0) * x for path, x in params.items()}
+    engine = make_engine(tiny_config, params)
+    assert tokens_of(list(engine.generate(requests_of(prompts)))) == greedy
+    layout, spec = engine.runner._layout, model_spec(tiny_config, jnp.float32)  # pyright: ignore
+    placed = {path: jax.device_put(x, layout.sharding(spec[path].axes, x.shape)) for path, x in other.items()}
+    engine.replace_weights(placed)
+    expected = tokens_of(list(make_engine(tiny_config, other).generate(requests_of(prompts))))
+    assert tokens_of(list(engine.generate(requests_of(prompts)))) == expected != greedy
+    engine.add(requests_of(prompts)[0])
+    with pytest.raises(ValueError, match="being answered"):
+        engine.replace_weights(placed)

@@ -5,6 +5,7 @@ Wrong page tables, positions, lengths or sample indices change the hash, and wit
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,6 +42,9 @@ class HashRunner:
     def warm_up(self, programs: Iterable[Program], progress: Callable[[int], None]) -> None:
         for done, _ in enumerate(programs, start=1):
             progress(done)
+
+    def replace_weights(self, params: Any) -> None:
+        self.params = params
 
     def submit(self, plan: StepPlan) -> StepResult:
         self.plans.append(plan)
