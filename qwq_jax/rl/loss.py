@@ -122,7 +122,8 @@ def kl_terms(estimator: Literal["k2", "k3"], logp: jax.Array, ref_logp: jax.Arra
     log_ratio = logp - ref_logp
     if estimator == "k2":
         return 0.5 * jnp.square(log_ratio)
-    return _exp(-log_ratio) - 1.0 + log_ratio
+    # Of policies that hardly differ it is half a square of 1e-4, which exp(...) - 1 would lose in float32.
+    return jnp.expm1(_bounded(-log_ratio)) + log_ratio
 
 
 def value_loss(
@@ -226,7 +227,7 @@ def _ratio(config: ObjectiveConfig, log_ratio: jax.Array, tokens: PolicyTokens) 
     """Ratio of probabilities at the level of the objective, spread over the tokens."""
     if config.ratio == "sequence":
         log_ratio = _segment_means(log_ratio, tokens.mask, tokens.segment_ids)
-    return _exp(log_ratio)
+    return jnp.exp(_bounded(log_ratio))
 
 
 def _segment_means(values: jax.Array, mask: jax.Array, segment_ids: jax.Array) -> jax.Array:
@@ -241,8 +242,8 @@ def _segment_means(values: jax.Array, mask: jax.Array, segment_ids: jax.Array) -
     return jax.vmap(of_row)(values, mask, segment_ids)
 
 
-def _exp(log_ratio: jax.Array) -> jax.Array:
-    return jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+def _bounded(log_ratio: jax.Array) -> jax.Array:
+    return jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def _within(mask: jax.Array, values: jax.Array) -> jax.Array:

@@ -214,6 +214,13 @@ def test_kl_estimates_agree_on_the_value():
     assert of("k2") == pytest.approx(true, rel=0.2)  # to second order
 
 
+def test_the_kl_of_policies_that_hardly_differ_is_not_lost():
+    """Half the square of 1e-4 is 5e-9, below what float32 resolves beside 1; k3 is never negative."""
+    apart = np.array([1e-4, -1e-4, 1e-3, 0.0], np.float32)
+    ours_ = np.asarray(kl_terms("k3", jnp.asarray(apart), jnp.zeros(4)))
+    np.testing.assert_allclose(ours_, np.expm1(-apart.astype(np.float64)) + apart, rtol=2e-3)
+
+
 # The critic.
 
 

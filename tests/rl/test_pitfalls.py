@@ -145,8 +145,8 @@ MISTAKES = {
     "k1 is a loss": ("loss", "return 0.5 * jnp.square(log_ratio)", "return log_ratio", (pitfalls.check_kl,)),
     "k3 is upside down": (
         "loss",
-        "return _exp(-log_ratio) - 1.0 + log_ratio",
-        "return _exp(log_ratio) - 1.0 - log_ratio",
+        "return jnp.expm1(_bounded(-log_ratio)) + log_ratio",
+        "return jnp.expm1(_bounded(log_ratio)) - log_ratio",
         (pitfalls.check_kl,),
     ),
     # 9. Packing.

@@ -94,7 +94,7 @@ def test_dpo_is_that_of_its_paper(packed, config, rng):
         terms = dpo_loss(config, policy=sides[0], reference=sides[1])
         return terms.value, terms
 
-    (value, terms), gradient = jax.value_and_grad(ours, has_aux=True)(jnp.asarray(values))
+    (value, terms), gradient = jax.jit(jax.value_and_grad(ours, has_aux=True))(jnp.asarray(values))
     assert float(value) == pytest.approx(total.item(), rel=1e-5)
     np.testing.assert_allclose(gradient, leaf.grad.numpy(), atol=1e-6 * np.abs(leaf.grad.numpy()).max() + 1e-7)
     means = report(terms.sums, terms.peaks)
@@ -118,7 +118,7 @@ def test_bradley_terry_is_minus_the_log_likelihood(rng):
         return terms.value, terms
 
     known = [jnp.asarray(np.where(present, x, np.nan), jnp.float32) for x in (chosen, rejected)]
-    (value, terms), gradients = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)(*known)
+    (value, terms), gradients = jax.jit(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))(*known)
     assert float(value) == pytest.approx(total.item(), rel=1e-5)
     for ours_, theirs in zip(gradients, (left, right), strict=True):
         np.testing.assert_allclose(ours_, theirs.grad.numpy(), atol=1e-6)
@@ -138,7 +138,7 @@ def test_the_optimum_of_bradley_terry_is_the_log_odds():
         rejected = jnp.stack([jnp.zeros(())] * 8 + [better] * 2)[None]
         return bradley_terry_loss(PairScores(chosen, rejected, jnp.ones((1, 10), bool))).value
 
-    gradient = jax.grad(loss)
+    gradient = jax.jit(jax.grad(loss))
     assert abs(float(gradient(jnp.float32(math.log(4.0))))) < 1e-5
     assert float(gradient(jnp.float32(1.0))) < -0.1 and float(gradient(jnp.float32(2.0))) > 0.1
 
