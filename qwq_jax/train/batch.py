@@ -42,8 +42,16 @@ def place_batch(packed: PackedRows, *, accumulation: int, layout: Layout) -> Tra
     rows, length = packed.tokens.shape
     if rows % accumulation:
         raise ValueError(f"{rows} rows a step cannot be divided into {accumulation} micro-batches")
-    shape = (accumulation, rows // accumulation, length)
-    sharding = layout.sharding((None, "batch", None), shape)
+    return _place(packed, (accumulation, rows // accumulation, length), layout)
+
+
+def place_rows(packed: PackedRows, layout: Layout) -> TrainBatch:
+    """The rows as one micro-batch ``[B, T]``, spread over the batch axes of `layout`; as `place_batch` otherwise."""
+    return _place(packed, packed.tokens.shape, layout)
+
+
+def _place(packed: PackedRows, shape: tuple[int, ...], layout: Layout) -> TrainBatch:
+    sharding = layout.sharding((None, "batch", None)[-len(shape) :], shape)
 
     def place(value: np.ndarray) -> jax.Array:
         split = value.reshape(shape)
