@@ -7,7 +7,7 @@ from typing import Any
 
 from qwq_jax.config.rewards import ArithmeticConfig, ExactConfig, NumericConfig, ReasoningGymConfig, Take
 from qwq_jax.rl.rewards import arithmetic
-from qwq_jax.rl.rewards.answers import answer_text, normalised, taken
+from qwq_jax.rl.rewards.answers import answer_text, last_boxed, normalised, taken
 from qwq_jax.rl.rewards.quantity import Number, agree, last_number, read_number
 from qwq_jax.rl.types import Reply, Score, Task
 
@@ -94,14 +94,15 @@ class NumericReward:
 
 @dataclass(frozen=True)
 class ArithmeticReward:
-    """1 where the last boxed integer is the known one."""
+    """1 where what is boxed last is the known integer."""
 
     config: ArithmeticConfig
 
     def score(self, task: Task, reply: Reply) -> Score:
         """Scores a reply; ValueError as in `known_integer`."""
         expected = known_integer(task)
-        found = arithmetic.answer(answer_text(reply))
+        boxed = last_boxed(answer_text(reply))
+        found = None if boxed is None else arithmetic.answer(rf"\boxed{{{boxed}}}")
         return Score(0.0, False, "no boxed integer") if found is None else _verdict(found == expected, str(found))
 
 
