@@ -7,6 +7,7 @@ every mistyped option from waiting for JAX to load.
 """
 
 import errno
+import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -16,8 +17,11 @@ from typing import Annotated, Any, Literal
 import typer
 
 from qwq_jax import __version__
+from qwq_jax.config.evaluate import EvaluateConfig, load_rewards, read_ks
 from qwq_jax.config.inference import CHAT_SAMPLING, InferenceConfig
 from qwq_jax.config.load import build, load_toml
+from qwq_jax.config.tasks import parse_source
+from qwq_jax.config.rl import RlConfig
 from qwq_jax.config.train import SftConfig
 from qwq_jax.interrupt import EXIT_INTERRUPTED, Interrupted
 
@@ -240,6 +244,79 @@ def sft(
 
     runtime.start(simulate_devices=simulate_devices, distributed=distributed)
     job.sft(settings)
+
+
+@app.command(epilog="Example: `qwq-jax rl configs/rl/tiny_grpo.toml --set steps=50`")
+def rl(
+    config: Annotated[Path, typer.Argument(help="TOML file of the run.")],
+    overrides: Set = None,
+    simulate_devices: SimulateDevices = None,
+    distributed: Distributed = False,
+) -> None:
+    """Reinforcement learning on tasks that can be judged; the same command goes on after a stop."""
+    settings = load_toml(config, RlConfig, overrides or ())
+
+    from qwq_jax import runtime
+    from qwq_jax.jobs import rl as job
+
+    runtime.start(simulate_devices=simulate_devices, distributed=distributed)
+    job.rl(settings)
+
+
+@app.command(
+    "eval",
+    epilog="Example: `qwq-jax eval out/demo/checkpoint --task arithmetic:split=held-out --samples 8 --output out/eval`",
+)
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint directory, local or gs://.")],
+    task: Annotated[
+        list[str],
+        typer.Option(
+            metavar="SOURCE",
+            help="JSONL file, or arithmetic:KEY=VALUE,... or reasoning_gym:dataset=NAME,...; may repeat.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Directory for replies, scores, table and report.")],
+    samples: Annotated[int, typer.Option(min=1, max=1000, help="Replies to each task.")] = 1,
+    k: Annotated[str, typer.Option(metavar="K,K", help="For pass@k and maj@k; 1 and all samples otherwise.")] = "",
+    rewards: Annotated[
+        Path | None, typer.Option(help="TOML with [[rewards]], such as a recipe; by the kind of task otherwise.")
+    ] = None,
+    compare: Annotated[Path | None, typer.Option(help="Output of another evaluation, to compare with.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that judge replies.")] = os.cpu_count() or 1,
+    seed: Annotated[int, typer.Option(min=0, help="Another one, other replies.")] = 0,
+    overrides: Set = None,
+    simulate_devices: SimulateDevices = None,
+    distributed: Distributed = False,
+) -> None:
+    """Measure how many tasks a model solves: pass@k, avg@k, maj@k. The same command goes on after a stop.
+
+    Settings are `engine.*`, `mesh.*` and `sampling.*`.
+    """
+    given = {
+        "tasks": [parse_source(each) for each in task],
+        "samples": samples,
+        "ks": read_ks(k),
+        "rewards": () if rewards is None else load_rewards(rewards),
+        "workers": workers,
+        "seed": seed,
+    }
+    settings = build(EvaluateConfig, given, source="options")
+    from qwq_jax import runtime
+    from qwq_jax.jobs import evaluate as job
+
+    runtime.start(simulate_devices=simulate_devices, distributed=distributed)
+    advised = CHAT_SAMPLING.model_dump(exclude_unset=True)
+    config = _inference_config(overrides, {"compute_dtype": runtime.default_compute_dtype()}, advised)
+    job.evaluate_checkpoint(
+        checkpoint,
+        output,
+        settings,
+        engine=config.engine,
+        mesh=config.mesh,
+        sampling=config.sampling,
+        before=compare,
+    )
 
 
 @app.command(epilog="Example: `qwq-jax demo --output out/demo`")

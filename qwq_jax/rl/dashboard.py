@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qwq_jax.rl.chart import thinned
-from qwq_jax.rl.measures import MEASURES, Measure, phase_seconds
+from qwq_jax.rl.measures import MEASURES, Measure, mean_phases
 
 LOG_SECONDS = 5.0
 DRAW_SECONDS = 0.5
@@ -27,7 +27,7 @@ RECENT_STEPS = 10
 _SPARK_WIDTH = 40
 _BLOCKS, _ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
 _PHASE_WIDTH = 48
-_PHASE_COLOURS = {"rollout": "cyan", "reward": "yellow", "update": "green", "sync": "magenta", "save": "red"}
+_PHASE_COLOURS = {"rollout": "cyan", "reward": "yellow", "update": "green", "sync": "magenta"}
 
 _log = logging.getLogger(__name__)
 
@@ -95,13 +95,6 @@ def sparkline(values: Sequence[float], *, width: int = _SPARK_WIDTH, ascii_only:
     if not high > low:
         return blocks[len(blocks) // 2] * len(shown)
     return "".join(blocks[round((value - low) / (high - low) * (len(blocks) - 1))] for value in shown)
-
-
-def mean_phases(records: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Mean seconds of each phase over the records that name any."""
-    found = [seconds for record in records if (seconds := phase_seconds(record))]
-    names = dict.fromkeys(name for seconds in found for name in seconds)
-    return {name: sum(seconds.get(name, 0.0) for seconds in found) / len(found) for name in names}
 
 
 def duration(seconds: float) -> str:
@@ -250,7 +243,7 @@ def _phases(seconds: Mapping[str, float], ascii_only: bool) -> list[RenderableTy
     whole = sum(seconds.values()) or 1.0
     bar, words = Text(), Text()
     for name, each in seconds.items():
-        colour = _PHASE_COLOURS[name]
+        colour = _PHASE_COLOURS.get(name, "red")
         bar.append((name[0] if ascii_only else "█") * round(_PHASE_WIDTH * each / whole), style=colour)
         words.append(f"{name} ", style=colour)
         words.append(f"{each:.3g} s, {each / whole:.0%}   ")

@@ -1,7 +1,7 @@
 """The numbers of a run by the names that they have in ``metrics.jsonl``: what they are called, and how written."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -43,13 +43,16 @@ class Measure:
             case Form.COUNT:
                 return f"{value:,.0f}"
             case Form.NUMBER:
-                return f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 or not value else f"{value:.1e}"
+                if 1e3 <= abs(value) < 1e6:
+                    return f"{value:,.0f}"
+                return f"{value:.3g}" if 1e-3 <= abs(value) < 1e3 or not value else f"{value:.1e}"
 
 
 MEASURES = (
     Measure("reward", ("reward",)),
     Measure("accuracy", ("accuracy",), Form.SHARE),
     Measure("held-out accuracy", ("eval_accuracy",), Form.SHARE),
+    Measure("held-out reward", ("eval_reward",)),
     Measure("length", ("length",), Form.COUNT),
     Measure("truncated", ("truncated",), Form.SHARE),
     Measure("entropy", ("entropy",)),
@@ -62,10 +65,22 @@ MEASURES = (
 )
 """What the dashboard and the report show, in this order, as far as a run has it."""
 
-PHASES = ("rollout", "reward", "update", "sync", "save")
-"""What a step's time goes to: a record has the seconds of each as ``seconds_rollout`` and so on."""
+PHASES = ("rollout", "reward", "update", "sync", "evaluation", "save")
+"""What a step's time goes to, in this order: a record has the seconds of each as ``seconds_rollout`` and so on."""
+
+_SECONDS = "seconds_"
 
 
 def phase_seconds(record: Mapping[str, float]) -> dict[str, float]:
-    """The seconds of each phase that a record names."""
-    return {phase: record[f"seconds_{phase}"] for phase in PHASES if f"seconds_{phase}" in record}
+    """The seconds of each phase that a record names; those that are not in `PHASES` come last."""
+    named = [name.removeprefix(_SECONDS) for name in record if name.startswith(_SECONDS)]
+    order = [phase for phase in PHASES if phase in named] + [phase for phase in named if phase not in PHASES]
+    return {phase: record[_SECONDS + phase] for phase in order}
+
+
+def mean_phases(records: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Mean seconds of each phase over the records that name any."""
+    found = [seconds for record in records if (seconds := phase_seconds(record))]
+    names = dict.fromkeys(phase for phase in PHASES if any(phase in seconds for seconds in found))
+    names |= dict.fromkeys(phase for seconds in found for phase in seconds)
+    return {name: sum(seconds.get(name, 0.0) for seconds in found) / len(found) for name in names}

@@ -18,7 +18,7 @@ from qwq_jax import __version__
 from qwq_jax.chat import checked_message
 from qwq_jax.rl.chart import CHART_STYLE, DARK_COLOURS, LIGHT_COLOURS, Chart, Line, svg
 from qwq_jax.rl.evaluate import Estimate, Evaluation, Row
-from qwq_jax.rl.measures import MEASURES, PHASES, Form, Measure, phase_seconds
+from qwq_jax.rl.measures import MEASURES, Form, Measure, mean_phases
 from qwq_jax.rl.report_page import PAGE, STYLE
 from qwq_jax.rl.types import Task
 
@@ -229,14 +229,9 @@ def _numbers(curves: Sequence[Curves]) -> Iterator[list[str]]:
 
 def _phases(curves: Sequence[Curves]) -> list[dict[str, Any]]:
     """Mean seconds a step of each phase, and its part of them all, over all runs."""
-    records = [phase_seconds(record) for each in curves for run in each.runs for record in run]
-    records = [record for record in records if record]
-    if not records:
-        return []
-    means = {phase: sum(record.get(phase, 0.0) for record in records) / len(records) for phase in PHASES}
+    means = mean_phases(record for each in curves for run in each.runs for record in run)
     whole = sum(means.values()) or 1.0
-    known = [phase for phase in PHASES if any(phase in record for record in records)]
-    return [{"name": phase, "seconds": means[phase], "share": means[phase] / whole} for phase in known]
+    return [{"name": phase, "seconds": seconds, "share": seconds / whole} for phase, seconds in means.items()]
 
 
 def _sample(shown: ShownTask) -> dict[str, Any]:

@@ -19,7 +19,7 @@ dl.tiles dt{color:var(--dim);font-size:12px}dl.tiles dd{margin:0;font-weight:600
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 caption{text-align:left;color:var(--dim);padding-bottom:6px}
 th,td{padding:4px 14px 4px 0;text-align:left;vertical-align:top;white-space:nowrap}
-thead th{border-bottom:1px solid var(--grid)}tbody+tbody tr:first-child>*{border-top:1px solid var(--grid)}
+thead>tr>*{border-bottom:1px solid var(--grid)}tbody+tbody tr:first-child>*{border-top:1px solid var(--grid)}
 tbody th{font-weight:600}
 .bar{display:inline-block;height:.7em;background:var(--line-0)}
 article{margin:0 0 24px;border:1px solid var(--grid);border-radius:8px;overflow:hidden}
@@ -32,6 +32,7 @@ article section{padding:10px 14px;min-width:0}.pair>section+section{border-left:
 .thought{color:var(--dim);max-height:22em;overflow:auto;border-left:3px solid var(--grid);padding-left:10px;
 margin-bottom:8px}
 .right{color:var(--right);font-weight:600}.wrong{color:var(--wrong);font-weight:600}
+.expected{margin:4px 0 0;font-size:13px}
 summary{cursor:pointer}
 footer{margin-top:48px;color:var(--dim);font-size:12px}
 """
@@ -161,7 +162,7 @@ PAGE = """<!DOCTYPE html>
 <div class="text"><span class="dim">{{ message.role }}:</span> {{ message.content }}</div>
 {% endfor %}
 {% if each.expected %}
-<p class="dim">expected: {{ each.expected }}</p>
+<p class="dim expected">expected: {{ each.expected }}</p>
 {% endif %}
 </header>
 <div class="{{ 'pair' if report.labels[0] and report.labels[1] }}">

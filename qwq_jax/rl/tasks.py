@@ -24,6 +24,9 @@ from qwq_jax.config.tasks import ArithmeticTasks, FileTasks, GymTasks
 from qwq_jax.rl.rewards.arithmetic import LEVELS, Problem, Split, problems
 from qwq_jax.rl.types import Task
 
+ARITHMETIC_SOURCES = tuple(f"arithmetic-{level}" for level in LEVELS)
+"""The sources of `arithmetic_tasks`, by level."""
+
 # What rewards read, as the line has it.
 _JUDGE = ("answer", "tests", "instructions", "entry")
 
@@ -152,7 +155,7 @@ def arithmetic_tasks(source: ArithmeticTasks) -> list[Task]:
         Task(
             f"arithmetic/{source.split}/{source.seed}/{index}",
             tuple(problem.messages()[:1]),
-            f"arithmetic-{problem.level}",
+            ARITHMETIC_SOURCES[problem.level - LEVELS[0]],
             {"answer": str(problem.answer)},
             (problem.level - LEVELS[0]) / (LEVELS[-1] - LEVELS[0]),
         )

@@ -7,7 +7,8 @@ import sys
 import pytest
 from rich.console import Console
 
-from qwq_jax.rl.dashboard import Dashboard, View, duration, line, mean_phases, render, sparkline
+from qwq_jax.rl.dashboard import Dashboard, View, duration, line, render, sparkline
+from qwq_jax.rl.measures import Form, Measure, mean_phases, phase_seconds
 
 
 def record(step, **values):
@@ -90,6 +91,19 @@ def test_times_of_phases_are_means_over_the_records_that_have_them():
     records = [{"step": 1}, {"step": 2, "seconds_rollout": 2.0}, {"step": 3, "seconds_rollout": 4.0, "seconds_save": 1}]
     assert mean_phases(records) == {"rollout": 3.0, "save": 0.5}
     assert mean_phases([]) == {}
+    mixed = {"seconds": 9.0, "seconds_other": 1.0, "seconds_save": 2.0, "seconds_rollout": 3.0}
+    assert list(phase_seconds(mixed).items()) == [("rollout", 3.0), ("save", 2.0), ("other", 1.0)]
+    assert list(mean_phases([{"seconds_save": 2.0}, mixed])) == ["rollout", "save", "other"]
+    assert "other 1 s, 17%" in drawn(View("run", 1, 2, [{"step": 1, **mixed}]))
+
+
+def test_numbers_are_written_so_that_they_can_be_read():
+    number, share, count = (Measure("x", ("x",), form) for form in (Form.NUMBER, Form.SHARE, Form.COUNT))
+    assert [number.written(v) for v in (0.0, 0.12345, 12.3456, 1234.5, 2e-7, -3e6)] == [
+        "0", "0.123", "12.3", "1,234", "2.0e-07", "-3.0e+06",
+    ]  # fmt: skip
+    assert (share.written(0.0815), count.written(12345.6)) == ("8.2%", "12,346")
+    assert Measure("x", ("a", "b")).of({"a": 1.0, "c": 5.0}) == 1.0 and Measure("x", ("a",)).of({}) is None
 
 
 class Clock:
