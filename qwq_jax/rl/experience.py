@@ -30,7 +30,7 @@ class Experience:
     @property
     def rewards(self) -> np.ndarray:
         """The rewards, float64 ``[N]``."""
-        return np.array([sample.judged.value for sample in self.samples], np.float64)
+        return np.array([sample.graded.value for sample in self.samples], np.float64)
 
     @property
     def lengths(self) -> list[int]:

@@ -96,7 +96,7 @@ class Updater:
     Attributes:
         zero: ``(state, batch, frozen) -> Total`` of no micro-batch.
         add: ``(Total, params, batch, frozen) -> Total``, which is donated.
-        apply: ``(state, Total) -> (state, gradient norm)``; both are donated.
+        apply: ``(state, Total) -> (state, gradient norm)``; the state is donated.
     """
 
     zero: Callable[[TrainState, TrainBatch, Params | None], Total]
@@ -162,7 +162,7 @@ def make_updater(loss: MicroLoss, optimizer: optax.GradientTransformation, *, sh
     return Updater(
         zero=jax.jit(zero, out_shardings=places),
         add=jax.jit(add, donate_argnums=0, out_shardings=places),
-        apply=jax.jit(apply, donate_argnums=(0, 1), out_shardings=(shardings, None)),
+        apply=jax.jit(apply, donate_argnums=0, out_shardings=(shardings, None)),
     )
 
 

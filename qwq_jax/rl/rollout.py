@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,34 +15,18 @@ from qwq_jax.engine.request import Completion, Request
 from qwq_jax.rl.advantage import is_informative
 from qwq_jax.rl.prompts import Prompt, PromptOrder
 from qwq_jax.rl.replies import reply_of
-from qwq_jax.rl.types import Reply, Task
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What all rewards together say of a reply.
-
-    Attributes:
-        value: The weighted sum.
-        correct: Whether it solves the task; None where no reward judges that.
-        parts: The value of each reward, unweighted, by its name.
-        notes: What rewards had to say, by their names.
-    """
-
-    value: float
-    correct: bool | None = None
-    parts: Mapping[str, float] = field(default_factory=dict)
-    notes: Mapping[str, str] = field(default_factory=dict)
+from qwq_jax.rl.rewards.graded import Graded
+from qwq_jax.rl.types import Reply
 
 
 class Judge(Protocol):
     """Judges replies while the devices go on."""
 
-    def submit(self, task: Task, reply: Reply) -> Any:
+    def submit(self, prompt: Prompt, completion: Completion, reply: Reply) -> Any:
         """Takes a reply; what it returns is a claim to the result."""
         ...
 
-    def results(self, claims: Sequence[Any]) -> list[Judged]:
+    def results(self, claims: Sequence[Any]) -> list[Graded]:
         """Waits for the results, in the order of the claims."""
         ...
 
@@ -54,12 +38,12 @@ class Sample:
     Attributes:
         completion: Tokens, and their log-probabilities at the temperature of the rollout.
         reply: Its text.
-        judged: What it is worth.
+        graded: What it is worth.
     """
 
     completion: Completion
     reply: Reply
-    judged: Judged
+    graded: Graded
 
     @property
     def logprobs(self) -> np.ndarray:
@@ -85,7 +69,7 @@ class Group:
     @property
     def rewards(self) -> list[float]:
         """One a completion."""
-        return [sample.judged.value for sample in self.samples]
+        return [sample.graded.value for sample in self.samples]
 
 
 @dataclass(frozen=True)
@@ -115,7 +99,6 @@ class Rollouts:
         tokenizer: Of the policy.
         judge: The rewards.
         config: Sizes, lengths and temperature.
-        eos_token_ids: A completion that does not end in one was cut off.
     """
 
     def __init__(self, engine: Engine, tokenizer: ChatTokenizer, judge: Judge, config: RolloutConfig) -> None:
@@ -185,12 +168,12 @@ class Rollouts:
                 return None
             prompt = named[completion.request_id]
             reply = reply_of(completion, prompt.token_ids, self._tokenizer)
-            claim = self._judge.submit(prompt.task, reply)
+            claim = self._judge.submit(prompt, completion, reply)
             found[completion.request_id, completion.index] = completion, reply, claim
         drawn = time.perf_counter()
         keys = [(name, index) for name, _ in prompts for index in range(params.n)]
-        judged = self._judge.results([found[key][2] for key in keys])
-        samples = [Sample(*found[key][:2], each) for key, each in zip(keys, judged, strict=True)]
+        graded = self._judge.results([found[key][2] for key in keys])
+        samples = [Sample(*found[key][:2], each) for key, each in zip(keys, graded, strict=True)]
         seconds["rollout"] = seconds.get("rollout", 0.0) + drawn - begun
         seconds["reward"] = seconds.get("reward", 0.0) + time.perf_counter() - drawn
         return [

@@ -1,0 +1,141 @@
+"""How a run of reinforcement learning begins: weights, optimizer state, and the functions of the policy."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+from jax.experimental import multihost_utils
+
+from qwq_jax.checkpoint.directory import explained, open_directory
+from qwq_jax.checkpoint.store import MARKER, Checkpoint, open_checkpoint
+from qwq_jax.checkpoint.train_store import TrainStore
+from qwq_jax.config.model import ModelConfig
+from qwq_jax.config.rl import RlConfig
+from qwq_jax.jobs.convert import convert
+from qwq_jax.model.lora import random_adapters
+from qwq_jax.rl.judging import ModelScorer
+from qwq_jax.rl.learner import ForwardConfig, Rows, forward, make_policy_loss, make_scorer, make_sync, make_updater
+from qwq_jax.rl.policy import Policy
+from qwq_jax.sharding import Layout, decode_layout, make_mesh
+from qwq_jax.train.metrics import METRICS
+from qwq_jax.train.state import Params, TrainState, abstract_state, init_state
+from qwq_jax.train.weights import abstract_adapters, abstract_params, checkpoint_weights
+
+LOG = logging.getLogger(__name__)
+
+# Of these at least one is in the directory of a run that has begun.
+OUTPUTS = {"initial", "checkpoints", "evaluations", METRICS}
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        config: The architecture.
+        tokenizer_dir: A local directory.
+        checkpoint: The weights of the policy at step 0.
+    """
+
+    config: ModelConfig
+    tokenizer_dir: str
+    checkpoint: Checkpoint
+
+
+def open_start(config: RlConfig) -> Start:
+    """Finds architecture, tokenizer and weights; a Hugging Face directory is converted into the output directory.
+
+    Raises:
+        ValueError: One of them cannot be read, or the output directory holds something else.
+    """
+    with explained(f"cannot write {config.output_dir}"):
+        children = open_directory(config.output_dir).children()
+    if children and children.isdisjoint(OUTPUTS):
+        raise ValueError(f"{config.output_dir} holds something else; give an empty or new directory")
+    location = config.model
+    if MARKER not in open_directory(location).children():
+        location = f"{config.output_dir}/initial"
+        if jax.process_index() == 0:
+            LOG.info("converting %s", config.model)
+            convert(config.model, location)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("converted")
+    checkpoint = open_checkpoint(location)
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_tokens
+    if longest > checkpoint.config.max_context:
+        raise ValueError(
+            f"rollout.max_prompt_tokens + rollout.max_tokens = {longest} is beyond the "
+            f"{checkpoint.config.max_context} positions of {config.model}"
+        )
+    return Start(checkpoint.config, config.tokenizer or checkpoint.tokenizer_dir, checkpoint)
+
+
+def make_state(
+    config: RlConfig,
+    start: Start,
+    layout: Layout,
+    optimizer: optax.GradientTransformation,
+    *,
+    store: TrainStore,
+    step: int,
+) -> tuple[TrainState, TrainState]:
+    """What is trained, new or as the checkpoint of `step` has it; and its description."""
+    if config.lora is not None:
+        described = abstract_adapters(start.config, config.lora, layout=layout)
+    else:
+        described = abstract_params(start.config, dtype=config.param_dtype, layout=layout)
+    target = abstract_state(described, optimizer)
+    if step:
+        return store.restore(step, target), target
+    if config.lora is not None:
+        params = random_adapters(start.config, config.lora, jax.random.key(config.seed), layout)
+    else:
+        params = checkpoint_weights(start.checkpoint, dtype=config.param_dtype, layout=layout)
+    return init_state(params, optimizer), target
+
+
+def make_policy(
+    config: RlConfig,
+    start: Start,
+    layout: Layout,
+    optimizer: optax.GradientTransformation,
+    *,
+    target: TrainState,
+) -> Policy:
+    """The functions of the policy on its mesh, and the weights that stay as they are."""
+    assert config.compute_dtype is not None
+    forward_config = ForwardConfig(
+        config.compute_dtype, config.rollout.temperature, config.logprob_chunk, remat=config.remat
+    )
+    rows = Rows(
+        row_length=config.row_length or config.rollout.max_prompt_tokens + config.rollout.max_tokens,
+        rows_per_micro_batch=config.rows_per_micro_batch,
+        layout=layout,
+    )
+    loss = make_policy_loss(start.config, layout, forward_config, objective=config.objective, lora=config.lora)
+    trained, plain = (forward(start.config, layout, forward_config, lora) for lora in (config.lora, None))
+    frozen: Params | None = None
+    if config.lora is not None or config.objective.uses_reference:
+        # Under adapters the weights that stay are the reference too.
+        frozen = checkpoint_weights(start.checkpoint, dtype=config.compute_dtype, layout=layout)
+    decode = decode_layout(make_mesh(config.decode_mesh or config.mesh))
+    return Policy(
+        updater=make_updater(loss, optimizer, shardings=jax.tree.map(lambda x: x.sharding, target)),
+        rows=rows,
+        score=make_scorer(lambda params, batch: trained(params, batch)[0], rows),
+        score_reference=make_scorer(lambda params, batch: plain(params, batch)[0], rows),
+        sync=make_sync(start.config, decode, dtype=config.compute_dtype, lora=config.lora),
+        frozen=frozen if config.lora is not None else None,
+        reference=frozen if config.objective.uses_reference else None,
+    )
+
+
+def reward_scorers(config: RlConfig, layout: Layout) -> Mapping[str, ModelScorer]:
+    """The reward models of a run, by the names of their rewards."""
+    found: dict[str, Any] = {}
+    if config.reward_models:
+        raise NotImplementedError
+    return found
