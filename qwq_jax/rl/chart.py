@@ -24,6 +24,9 @@ _DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 4", "1 2")
 _LIGHT = ("#0063a6", "#c1460b", "#007a54", "#9a3c7b", "#8a6100", "#3f7fb5")
 _DARK = ("#6cb8f0", "#ff9057", "#3fc99a", "#e89ccb", "#f0be4a", "#9fd4ff")
 
+MOST_LINES = len(_LIGHT)
+"""Of a chart: more could not be told apart."""
+
 LIGHT_COLOURS = "".join(f"--line-{i}:{colour};" for i, colour in enumerate(_LIGHT)) + "--ink:#1f2328;--grid:#d8dde3;"
 DARK_COLOURS = "".join(f"--line-{i}:{colour};" for i, colour in enumerate(_DARK)) + "--ink:#d7dde4;--grid:#3a424b;"
 CHART_STYLE = (
@@ -69,7 +72,7 @@ class Chart:
 
 def svg(chart: Chart, *, width: int = 448, height: int = 244, standalone: bool = False) -> str:
     """The chart as an SVG element; `standalone` gives it its own colours, for a file of its own."""
-    assert len(chart.lines) <= len(_LIGHT), "lines beyond the colours cannot be told apart"
+    assert len(chart.lines) <= MOST_LINES, "lines beyond the colours cannot be told apart"
     points = [point for line in chart.lines for run in line.runs for point in _finite(run)]
     plot = _Plot.around(points, width, height)
     style = ""

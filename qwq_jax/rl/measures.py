@@ -48,10 +48,13 @@ class Measure:
                 return f"{value:.3g}" if 1e-3 <= abs(value) < 1e3 or not value else f"{value:.1e}"
 
 
+HELD_OUT = Measure("held-out accuracy", ("eval_accuracy",), Form.SHARE)
+"""Of all sources; that of each is called ``eval_accuracy/SOURCE``."""
+
 MEASURES = (
     Measure("reward", ("reward",)),
     Measure("accuracy", ("accuracy",), Form.SHARE),
-    Measure("held-out accuracy", ("eval_accuracy",), Form.SHARE),
+    HELD_OUT,
     Measure("held-out reward", ("eval_reward",)),
     Measure("length", ("length",), Form.COUNT),
     Measure("truncated", ("truncated",), Form.SHARE),

@@ -16,9 +16,9 @@ from jinja2 import Environment, StrictUndefined
 
 from qwq_jax import __version__
 from qwq_jax.chat import checked_message
-from qwq_jax.rl.chart import CHART_STYLE, DARK_COLOURS, LIGHT_COLOURS, Chart, Line, svg
+from qwq_jax.rl.chart import CHART_STYLE, DARK_COLOURS, LIGHT_COLOURS, MOST_LINES, Chart, Line, svg
 from qwq_jax.rl.evaluate import Estimate, Evaluation, Row
-from qwq_jax.rl.measures import MEASURES, Form, Measure, mean_phases
+from qwq_jax.rl.measures import HELD_OUT, MEASURES, Form, Measure, mean_phases
 from qwq_jax.rl.report_page import PAGE, STYLE
 from qwq_jax.rl.types import Task
 
@@ -131,16 +131,36 @@ def render_report(report: Report) -> str:
 
 
 def charts(curves: Sequence[Curves]) -> list[Chart]:
-    """One chart for each measure that a run has."""
+    """One chart for each measure that a run has, and one of the accuracy by source."""
     found = []
     for measure in MEASURES:
         lines = [Line(each.label, tuple(_points(measure, records) for records in each.runs)) for each in curves]
-        lines = [line for line in lines if any(line.runs)]
-        if lines:
-            longest = max(len(run) for line in lines for run in line.runs)
-            percent = measure.form is Form.SHARE
-            found.append(Chart(measure.label, tuple(lines), percent=percent, smooth=1 + 2 * (longest // 50)))
+        found += _chart(measure.label, lines, percent=measure.form is Form.SHARE)
+        if measure.label == HELD_OUT.label:
+            found += [chart for each in curves for chart in _by_source(each, alone=len(curves) == 1)]
     return found
+
+
+def _by_source(curves: Curves, *, alone: bool) -> list[Chart]:
+    """The held-out accuracy of each source, if there are several, but no more than can be told apart."""
+    prefix = f"{HELD_OUT.names[0]}/"
+    sources = sorted({name for run in curves.runs for record in run for name in record if name.startswith(prefix)})
+    if not 1 < len(sources) <= MOST_LINES:
+        return []
+    lines = [
+        Line(source.removeprefix(prefix), tuple(_points(Measure("", (source,)), records) for records in curves.runs))
+        for source in sources
+    ]
+    return _chart("by source" if alone else f"{curves.label} by source", lines, percent=True)
+
+
+def _chart(title: str, lines: Sequence[Line], *, percent: bool) -> list[Chart]:
+    """A chart of the lines that have values, if any has; smooth in proportion to their length."""
+    lines = [line for line in lines if any(line.runs)]
+    if not lines:
+        return []
+    longest = max(len(run) for line in lines for run in line.runs)
+    return [Chart(title, tuple(lines), percent=percent, smooth=1 + 2 * (longest // 50))]
 
 
 def write_chart(path: Path, chart: Chart, *, width: int = 640, height: int = 320) -> None:

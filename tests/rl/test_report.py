@@ -161,7 +161,10 @@ def test_one_evaluation_is_enough(missing):
 def test_sides_may_have_other_names_or_be_one():
     shown = ShownTask(Task("1", ({"role": "user", "content": "?"},)), ShownReply(None, "old", 0.0), None)
     page = Page(render_report(Report("x", samples=(shown,), labels=("step 3", "step 9"))))
-    assert [attributes.get("aria-label") for attributes in page.all_of("section")][1:] == ["reply step 3", "reply step 9"]
+    assert [attributes.get("aria-label") for attributes in page.all_of("section")][1:] == [
+        "reply step 3",
+        "reply step 9",
+    ]
     page = Page(render_report(Report("x", samples=(shown,), labels=("now", ""))))
     assert [attributes.get("aria-label") for attributes in page.all_of("section")][1:] == ["reply now"]
 
@@ -180,6 +183,19 @@ def test_charts_are_of_the_measures_that_the_runs_have():
     assert [line.label for line in found["reward"].lines] == ["grpo", "flipped"]
     assert found["reward"].lines[0].runs[1][-1] == (5.0, 0.5)
     assert found["clipped"].percent and found["clipped"].lines[0].runs[0][0] == (1.0, pytest.approx(0.03))
+
+
+def test_accuracy_by_source_is_a_chart_where_there_are_several():
+    records = [{"step": s, "eval_accuracy": 0.5, "eval_accuracy/a": 0.1 * s, "eval_accuracy/b": 0.9} for s in (0, 5)]
+    both = charts((Curves("grpo", (records,)),))
+    assert [chart.title for chart in both] == ["held-out accuracy", "by source"]
+    assert [line.label for line in both[1].lines] == ["a", "b"] and both[1].percent
+    assert both[1].lines[0].runs == (((0.0, 0.0), (5.0, 0.5)),)
+    two = charts((Curves("grpo", (records,)), Curves("dapo", (records,))))
+    assert [chart.title for chart in two] == ["held-out accuracy", "grpo by source", "dapo by source"]
+    many = [{"step": 1, "eval_accuracy": 0.5} | {f"eval_accuracy/{i}": 0.5 for i in range(7)}]
+    assert [chart.title for chart in charts((Curves("grpo", (many,)),))] == ["held-out accuracy"]
+    assert [chart.title for chart in charts((Curves("x", ([{"step": 1, "eval_accuracy/a": 0.5}],)),))] == []
 
 
 def test_times_of_the_phases_add_up():

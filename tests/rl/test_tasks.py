@@ -101,7 +101,8 @@ def _some(stream, count):
     return [next(stream) for _ in range(count)]
 
 
-def test_more_held_out_problems_than_there_are_is_said():
+def test_more_held_out_problems_than_there_are_is_said(monkeypatch):
+    monkeypatch.setattr("qwq_jax.rl.tasks._PATIENCE", 30)
     with pytest.raises(ValueError, match=r"count 5000 is more than the held-out problems of levels \[1\]"):
         arithmetic_tasks(ArithmeticTasks(split="held-out", levels=(1,), count=5000))
 
