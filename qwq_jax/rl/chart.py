@@ -20,6 +20,7 @@ MOST_DOTS = 30
 """Of a line whose points are shown each for itself."""
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 30, 34
+_LETTER = 6.2
 _DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 4", "1 2")
 _LIGHT = ("#0063a6", "#c1460b", "#007a54", "#9a3c7b", "#8a6100", "#3f7fb5")
 _DARK = ("#6cb8f0", "#ff9057", "#3fc99a", "#e89ccb", "#f0be4a", "#9fd4ff")
@@ -218,13 +219,16 @@ def _axes(plot: _Plot, chart: Chart) -> list[str]:
 
 
 def _legend(chart: Chart, width: int) -> list[str]:
-    """Beside the title, from the right; a single line needs none."""
+    """Beside the title, from the right, long labels cut to what there is room for; a single line needs none."""
     if len(chart.lines) < 2:
         return []
+    room = (width - _RIGHT - 16 - 7.5 * len(chart.title)) / len(chart.lines) - 36
+    most = max(3, int(room / _LETTER))
     body, x = [], float(width - _RIGHT)
     for index, line in reversed(list(enumerate(chart.lines))):
-        x -= 6.2 * len(line.label)
-        body.append(f'<text x="{x:.0f}" y="15">{escape(line.label)}</text>')
+        label = line.label if len(line.label) <= most else f"{line.label[: most - 1]}\u2026"
+        x -= _LETTER * len(label)
+        body.append(f'<text x="{x:.0f}" y="15">{escape(label)}<title>{escape(line.label)}</title></text>')
         dashes = f' stroke-dasharray="{_DASHES[index]}"' if _DASHES[index] else ""
         body.append(
             f'<line class="s{index}" stroke-width="2"{dashes} x1="{x - 26:.0f}" x2="{x - 5:.0f}" y1="11" y2="11"/>'

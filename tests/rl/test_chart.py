@@ -134,6 +134,16 @@ def test_words_are_escaped_and_say_what_the_lines_do():
     assert "<b>" not in svg(chart)
 
 
+def test_a_legend_keeps_clear_of_the_title():
+    points = (((1.0, 0.5), (9.0, 0.75)),)
+    for names in (["a", "b"], ["arithmetic-1", "arithmetic-2", "arithmetic-3"], ["a rather long name"] * 6):
+        root = parsed(Chart("by source", tuple(Line(name, points) for name in names)))
+        legend = [(text, x) for text, x, y in texts(root) if y == 15 and text != "by source"]
+        assert len(legend) == len(names) and min(x for _, x in legend) - 26 > 8 + 6.5 * len("by source")
+        assert all(text == name or text.endswith("\u2026") for (text, _), name in zip(legend, names[::-1], strict=True))
+        assert {title.text for title in root.iter(f"{SVG}title")} >= set(names), "the whole name is there to be seen"
+
+
 def test_a_file_of_its_own_brings_its_colours_and_is_always_the_same():
     chart = Chart("x", (Line("a", (((1.0, 0.5), (9.0, 0.75)),)),))
     assert "prefers-color-scheme:dark" in svg(chart, standalone=True) and "<style>" not in svg(chart)
