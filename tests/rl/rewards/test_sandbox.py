@@ -42,7 +42,7 @@ def each_style():
     ]
 
 
-@pytest.fixture(params=each_style())
+@pytest.fixture(scope="module", params=each_style())
 def enclosure(request):
     if shutil.which("bwrap") is None:
         pytest.skip("bwrap is not installed")
@@ -167,10 +167,12 @@ except RuntimeError: print(count)
     "program",
     [
         "x = bytearray(10 ** 10)",
-        "x = []\nwhile True: x.append(bytearray(1 << 20))",
-        "import mmap\nx = [mmap.mmap(-1, 1 << 26) for _ in range(100)]",
-        "x = 'x'\nwhile True: x += x",
-        "import ctypes\nx = [ctypes.create_string_buffer(1 << 24) for _ in range(1000)]",
+        pytest.param("x = []\nwhile True: x.append(bytearray(1 << 20))", marks=pytest.mark.slow),
+        pytest.param("import mmap\nx = [mmap.mmap(-1, 1 << 26) for _ in range(100)]", marks=pytest.mark.slow),
+        pytest.param("x = 'x'\nwhile True: x += x", marks=pytest.mark.slow),
+        pytest.param(
+            "import ctypes\nx = [ctypes.create_string_buffer(1 << 24) for _ in range(1000)]", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_memory_bomb(enclosure, program):
@@ -213,13 +215,23 @@ print(written, last)
         "while True: pass",
         "import time\ntime.sleep(1000)",
         "import os\nos.close(1)\nos.close(2)\nwhile True: pass",
-        "import signal\nfor n in {10, 14, 15, 24}: signal.signal(n, signal.SIG_IGN)\nwhile True: pass",
-        "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\nwhile True: pass",
-        "9 ** 9 ** 9",
-        "import threading\nwhile True: threading.Thread(target=lambda: None).start()",
-        "import threading, time\nthreading.Thread(target=time.sleep, args=(1000,)).start()",
-        "import atexit, time\natexit.register(time.sleep, 1000)",
-        "input()\ninput()\nwhile True: pass",
+        pytest.param(
+            "import signal\nfor n in {10, 14, 15, 24}: signal.signal(n, signal.SIG_IGN)\nwhile True: pass",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\nwhile True: pass",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("9 ** 9 ** 9", marks=pytest.mark.slow),
+        pytest.param(
+            "import threading\nwhile True: threading.Thread(target=lambda: None).start()", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "import threading, time\nthreading.Thread(target=time.sleep, args=(1000,)).start()", marks=pytest.mark.slow
+        ),
+        pytest.param("import atexit, time\natexit.register(time.sleep, 1000)", marks=pytest.mark.slow),
+        pytest.param("input()\ninput()\nwhile True: pass", marks=pytest.mark.slow),
     ],
 )
 def test_endless_loop(enclosure, program):
@@ -338,9 +350,9 @@ def test_open_files_are_not_inherited(enclosure, tmp_path):
         "os.kill(os.getppid(), signal.SIGKILL)",
         "os.kill(1, signal.SIGKILL)",
         "os.kill(-1, signal.SIGKILL)",
-        "os.killpg(0, signal.SIGKILL)",
-        "os.kill({outside}, signal.SIGKILL)",
-        "[os.kill(n, signal.SIGSTOP) for n in range(1, 40) if n != os.getpid()]",
+        pytest.param("os.killpg(0, signal.SIGKILL)", marks=pytest.mark.slow),
+        pytest.param("os.kill({outside}, signal.SIGKILL)", marks=pytest.mark.slow),
+        pytest.param("[os.kill(n, signal.SIGSTOP) for n in range(1, 40) if n != os.getpid()]", marks=pytest.mark.slow),
     ],
 )
 def test_killing_the_parent(enclosure, attack):

@@ -24,6 +24,8 @@ from qwq_jax.rl.rewards.inside.roles import be_module, be_program, be_tests
 
 # Of prctl, from include/uapi/linux/prctl.h and seccomp.h.
 _PARENT_DEATH_SIGNAL, _SET_SECCOMP, _NO_NEW_PRIVILEGES, _FILTER_MODE = 1, 22, 38, 2
+# _LINUX_CAPABILITY_VERSION_3 of include/uapi/linux/capability.h.
+_CAPABILITY_VERSION = 0x20080522
 _NOTE_BYTES = 2000
 _FILES = 64
 # What the limit on threads counts beside them: this process, its child's first thread and the init of the namespace.
@@ -55,6 +57,16 @@ def _set_filter(steps: bytes) -> None:
     program = _Filter(len(steps) // 8, steps)
     if libc.prctl(_SET_SECCOMP, _FILTER_MODE, ctypes.byref(program), 0, 0):
         raise OSError(ctypes.get_errno(), "the filter of system calls was not taken")
+
+
+def _become(user: int) -> None:
+    """Becomes another user, for good, with no capability left, not even for programs that it would start."""
+    os.setgroups([])
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
+    version, itself = _CAPABILITY_VERSION, 0
+    if ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(version, itself), (ctypes.c_uint32 * 6)()):
+        raise OSError("capabilities could not be given up")
 
 
 class Supervisor:
@@ -283,9 +295,7 @@ def main() -> None:
     if settings["parent"]:
         die_with_parent(settings["parent"])
     if settings["user"]:
-        os.setgroups([])
-        os.setresgid(settings["user"], settings["user"], settings["user"])
-        os.setresuid(settings["user"], settings["user"], settings["user"])
+        _become(settings["user"])
     sys.path[:] = [*sys.path[1:], *settings["packages"]]
     supervisor = Supervisor(requests, replies, settings)
     send(replies, framed({"ready": True}))
