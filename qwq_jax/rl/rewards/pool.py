@@ -155,6 +155,7 @@ class RewardPool:
                 item.future.set_exception(error)
             else:
                 item.future.set_result(graded)
+        worker.end()
 
     def _graded(self, worker: "_Worker", item: "_Item") -> Graded:
         parts, failed = {}, []
@@ -250,6 +251,11 @@ class _Worker:
             self._closed = True
             if self._process is not None:
                 _kill_session(self._process)
+
+    def end(self) -> None:
+        """Kills the process, and waits for it; from the thread that started it."""
+        if self._process is not None:
+            self._kill()
 
     def _ask(self, message: Start | Ask, seconds: float) -> object:
         assert self._connection is not None
