@@ -75,6 +75,18 @@ class EvalConfig(Frozen):
     every: NonNegativeInt = 0
 
 
+class CriticConfig(Frozen):
+    """PPO's critic: the decoder of a model and a head of its own, trained beside the policy; as `lora` is, if set.
+
+    Attributes:
+        learns_first: Of so many steps only the critic learns: until then its values are noise.
+        optimizer: Its optimizer; the schedule counts the same updates as the policy's.
+    """
+
+    learns_first: NonNegativeInt = 0
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
+
+
 class RlConfig(Frozen):
     """One run of reinforcement learning.
 
@@ -88,6 +100,7 @@ class RlConfig(Frozen):
         reward_workers: Processes that compute rewards.
         rollout: What is drawn for one step.
         objective: What is maximised.
+        critic: Where the objective has one (``ppo``); ``None`` takes the defaults there.
         lora: Trains low-rank adapters and leaves the weights as they are; ``None`` trains all weights.
         steps: Batches of rollouts that the learning rate is planned for.
         stop_after: End after this many of `steps`; ``None`` takes them all.
@@ -120,6 +133,7 @@ class RlConfig(Frozen):
     reward_workers: PositiveInt = 2
     rollout: RolloutConfig = RolloutConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    critic: CriticConfig | None = None
     lora: LoraConfig | None = None
     steps: PositiveInt
     stop_after: PositiveInt | None = None
@@ -174,6 +188,7 @@ class RlConfig(Frozen):
             raise ValueError("curriculum.least_difficulty is above curriculum.most_difficulty: no task is left")
         self._check_engine(longest)
         self._check_steps()
+        self._check_critic()
         return self
 
     def _check_engine(self, longest: int) -> None:
@@ -196,6 +211,22 @@ class RlConfig(Frozen):
             )
         if self.final == "best" and self.evaluation is None:
             raise ValueError("final 'best' needs evaluation to tell which weights are the best")
+
+    def _check_critic(self) -> None:
+        if self.critic is None:
+            return
+        if not self.objective.uses_critic:
+            raise ValueError(
+                f"critic: objective {self.objective.name} with baseline {self.objective.baseline} has none"
+            )
+        if self.critic.optimizer.warmup_steps >= self.updates:
+            warmup = self.critic.optimizer.warmup_steps
+            raise ValueError(f"critic.optimizer.warmup_steps {warmup} is not below {self.updates} updates")
+
+    @property
+    def critic_or_default(self) -> CriticConfig | None:
+        """The critic's settings, if the objective has a critic."""
+        return self.critic or CriticConfig() if self.objective.uses_critic else None
 
     @property
     def last_step(self) -> int:

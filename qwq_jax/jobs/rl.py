@@ -34,7 +34,7 @@ from qwq_jax.engine.engine import Engine
 from qwq_jax.engine.runner import DeviceRunner
 from qwq_jax.interrupt import Interrupted, StopRequested
 from qwq_jax.jobs.rl_end import finish
-from qwq_jax.jobs.rl_start import Start, make_policy, make_state, open_start, reward_scorers
+from qwq_jax.jobs.rl_start import Start, make_optimizers, make_policy, make_state, open_start, reward_scorers
 from qwq_jax.processes import Peers
 from qwq_jax.rl.dashboard import Dashboard
 from qwq_jax.rl.heldout import HeldOut
@@ -48,16 +48,15 @@ from qwq_jax.rl.tasks import load_tasks
 from qwq_jax.rl.trainer import Hands, Outcome, Plan, Trainer
 from qwq_jax.rl.types import Task
 from qwq_jax.runtime import default_compute_dtype
-from qwq_jax.sft.trainer import newest_step
 from qwq_jax.sharding import Layout, decode_layout, make_mesh, train_layout
 from qwq_jax.train.metrics import METRICS, MetricsLog, read_records
-from qwq_jax.train.optimizer import make_optimizer, make_schedule
+from qwq_jax.train.trainer import newest_step
 
 LOG = logging.getLogger(__name__)
 
 # Settings that decide what is computed; the mesh, intervals, micro-batches and the engine do not.
 IDENTITY = {
-    *("model", "tasks", "curriculum", "rewards", "rollout", "objective", "lora", "steps", "updates_per_step"),
+    *("model", "tasks", "curriculum", "rewards", "rollout", "objective", "critic", "lora", "steps", "updates_per_step"),
     *("passes_per_step", "seed", "param_dtype", "compute_dtype", "optimizer"),
 }
 
@@ -115,10 +114,9 @@ def train(config: RlConfig) -> RlReport:
     step = newest_step(store, identity=identity) or 0
     if step > config.last_step:
         raise ValueError(f"{output} is at step {step} already, beyond stop_after = {config.last_step}")
-    schedule = make_schedule(config.optimizer, steps=config.updates)
-    optimizer = make_optimizer(config.optimizer, schedule=schedule)
-    state, target = make_state(config, start, layout, optimizer, store=store, step=step)
-    policy = make_policy(config, start, layout, optimizer, target=target)
+    optimizers = make_optimizers(config)
+    state, target = make_state(config, start, layout, optimizers, store=store, step=step)
+    policy = make_policy(config, start, layout, optimizers, target=target)
     cursor = store.record(step)["cursor"] if step else 0
     LOG.info(
         "%d tasks, %d held out; %d steps of %d prompts x %d completions, %s",
@@ -154,7 +152,7 @@ def train(config: RlConfig) -> RlReport:
             plan=Plan(config.last_step, config.evaluation.every if config.evaluation else 0, config.save_every),
             identity=identity,
             evaluate=evaluate,
-            learning_rate=schedule,
+            learning_rate=optimizers.schedule,
             hands=Hands(make_stopping(peers), dashboard.phase, dashboard.update),
         )
         outcome = trainer.run(state, step=step, cursor=cursor)
@@ -242,6 +240,7 @@ def learn_config(config: RlConfig) -> LearnConfig:
         passes=config.passes_per_step,
         longest=config.rollout.max_tokens,
         old_logprobs=config.needs_old_logprobs,
+        critic_first=critic.learns_first if (critic := config.critic_or_default) else 0,
     )
 
 

@@ -13,12 +13,11 @@ from qwq_jax.config.rl import RlConfig
 from qwq_jax.jobs.rl_start import Start
 from qwq_jax.rl.evaluate import compare, evaluate
 from qwq_jax.rl.heldout import read_judged
-from qwq_jax.rl.policy import Policy
+from qwq_jax.rl.policy import Policy, RlState
 from qwq_jax.rl.report import Curves, Report, Results, ShownTask, write_report
 from qwq_jax.rl.trainer import Outcome
 from qwq_jax.rl.types import Task
 from qwq_jax.train.metrics import METRICS, read_records
-from qwq_jax.train.state import TrainState
 from qwq_jax.train.weights import companion_files, merged_weights, write_checkpoint
 
 
@@ -29,7 +28,7 @@ def finish(
     outcome: Outcome,
     *,
     store: TrainStore,
-    target: TrainState,
+    target: RlState,
     tasks: Sequence[Task],
 ) -> dict[str, str | None]:
     """Writes what a run leaves; gives the places of ``model``, ``adapter`` and ``report``."""
@@ -40,7 +39,7 @@ def finish(
         # One state at a time: there may not be room for two.
         jax.tree.map(lambda x: x.delete(), state)
         state = store.restore(chosen, target)
-    params, adapter = state.params, None
+    params, adapter = state.policy.params, None
     if config.lora is not None:
         assert policy.frozen is not None
         adapter = f"{config.output_dir}/adapter-{chosen:06d}"

@@ -16,12 +16,14 @@ from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.rl import RlConfig
 from qwq_jax.jobs.convert import convert
 from qwq_jax.model.lora import random_adapters
+from qwq_jax.rl.critic import UNUSED, abstract_value_head, make_critic, split_decoder, value_head
 from qwq_jax.rl.judging import ModelScorer
 from qwq_jax.rl.learner import ForwardConfig, Rows, forward, make_policy_loss, make_scorer, make_sync, make_updater
-from qwq_jax.rl.policy import Policy
+from qwq_jax.rl.policy import Policy, RlState
 from qwq_jax.sharding import Layout, decode_layout, make_mesh
 from qwq_jax.train.metrics import METRICS
-from qwq_jax.train.state import Params, TrainState, abstract_state, init_state
+from qwq_jax.train.optimizer import make_optimizer, make_schedule
+from qwq_jax.train.state import Params, abstract_state, init_state
 from qwq_jax.train.weights import abstract_adapters, abstract_params, checkpoint_weights
 
 LOG = logging.getLogger(__name__)
@@ -73,38 +75,62 @@ def open_start(config: RlConfig) -> Start:
     return Start(checkpoint.config, config.tokenizer or checkpoint.tokenizer_dir, checkpoint)
 
 
+@dataclass(frozen=True)
+class Optimizers:
+    """What moves the policy and the critic, with the learning rate of the policy by updates done before."""
+
+    policy: optax.GradientTransformation
+    critic: optax.GradientTransformation | None
+    schedule: optax.Schedule
+
+
+def make_optimizers(config: RlConfig) -> Optimizers:
+    """The optimizers of a run."""
+    schedule, critic = make_schedule(config.optimizer, steps=config.updates), config.critic_or_default
+    return Optimizers(
+        make_optimizer(config.optimizer, schedule=schedule),
+        critic and make_optimizer(critic.optimizer, schedule=make_schedule(critic.optimizer, steps=config.updates)),
+        schedule,
+    )
+
+
 def make_state(
-    config: RlConfig,
-    start: Start,
-    layout: Layout,
-    optimizer: optax.GradientTransformation,
-    *,
-    store: TrainStore,
-    step: int,
-) -> tuple[TrainState, TrainState]:
+    config: RlConfig, start: Start, layout: Layout, optimizers: Optimizers, *, store: TrainStore, step: int
+) -> tuple[RlState, RlState]:
     """What is trained, new or as the checkpoint of `step` has it; and its description."""
-    if config.lora is not None:
-        described = abstract_adapters(start.config, config.lora, layout=layout)
-    else:
-        described = abstract_params(start.config, dtype=config.param_dtype, layout=layout)
-    target = abstract_state(described, optimizer)
+    target = _target(config, start, layout, optimizers)
     if step:
         return store.restore(step, target), target
+    policy = init_state(_initial(config, start, layout), optimizers.policy)
+    if optimizers.critic is None:
+        return RlState(policy), target
+    params, _ = split_decoder(_initial(config, start, layout, critic=True))
+    critic = init_state({**params, **value_head(start.config, layout)}, optimizers.critic)
+    return RlState(policy, critic), target
+
+
+def _target(config: RlConfig, start: Start, layout: Layout, optimizers: Optimizers) -> RlState:
+    described = (
+        abstract_adapters(start.config, config.lora, layout=layout)
+        if config.lora is not None
+        else abstract_params(start.config, dtype=config.param_dtype, layout=layout)
+    )
+    policy = abstract_state(described, optimizers.policy)
+    if optimizers.critic is None:
+        return RlState(policy)
+    used = {path: array for path, array in described.items() if path != UNUSED}
+    return RlState(policy, abstract_state({**used, **abstract_value_head(start.config, layout)}, optimizers.critic))
+
+
+def _initial(config: RlConfig, start: Start, layout: Layout, *, critic: bool = False) -> Params:
+    """The trained parameters before the first step."""
     if config.lora is not None:
-        params = random_adapters(start.config, config.lora, jax.random.key(config.seed), layout)
-    else:
-        params = checkpoint_weights(start.checkpoint, dtype=config.param_dtype, layout=layout)
-    return init_state(params, optimizer), target
+        key = jax.random.fold_in(jax.random.key(config.seed), 1) if critic else jax.random.key(config.seed)
+        return random_adapters(start.config, config.lora, key, layout)
+    return checkpoint_weights(start.checkpoint, dtype=config.param_dtype, layout=layout)
 
 
-def make_policy(
-    config: RlConfig,
-    start: Start,
-    layout: Layout,
-    optimizer: optax.GradientTransformation,
-    *,
-    target: TrainState,
-) -> Policy:
+def make_policy(config: RlConfig, start: Start, layout: Layout, optimizers: Optimizers, *, target: RlState) -> Policy:
     """The functions of the policy on its mesh, and the weights that stay as they are."""
     assert config.compute_dtype is not None
     forward_config = ForwardConfig(
@@ -117,20 +143,45 @@ def make_policy(
     )
     loss = make_policy_loss(start.config, layout, forward_config, objective=config.objective, lora=config.lora)
     trained, plain = (forward(start.config, layout, forward_config, lora) for lora in (config.lora, None))
-    frozen: Params | None = None
+    fixed: Params | None = None
     if config.lora is not None or config.objective.uses_reference:
         # Under adapters the weights that stay are the reference too.
-        frozen = checkpoint_weights(start.checkpoint, dtype=config.compute_dtype, layout=layout)
+        fixed = checkpoint_weights(start.checkpoint, dtype=config.compute_dtype, layout=layout)
     decode = decode_layout(make_mesh(config.decode_mesh or config.mesh))
+    critic = None
+    if optimizers.critic is not None:
+        assert target.critic is not None and config.objective.value_clip is not None
+        critic = make_critic(
+            start.config,
+            forward_config,
+            rows,
+            optimizers.critic,
+            target=target.critic,
+            frozen=_frozen_of_critic(config, start, layout, fixed),
+            lora=config.lora,
+            clip=config.objective.value_clip,
+        )
     return Policy(
-        updater=make_updater(loss, optimizer, shardings=jax.tree.map(lambda x: x.sharding, target)),
+        updater=make_updater(loss, optimizers.policy, shardings=jax.tree.map(lambda x: x.sharding, target.policy)),
         rows=rows,
         score=make_scorer(lambda params, batch: trained(params, batch)[0], rows),
         score_reference=make_scorer(lambda params, batch: plain(params, batch)[0], rows),
         sync=make_sync(start.config, decode, dtype=config.compute_dtype, lora=config.lora),
-        frozen=frozen if config.lora is not None else None,
-        reference=frozen if config.objective.uses_reference else None,
+        frozen=fixed if config.lora is not None else None,
+        reference=fixed if config.objective.uses_reference else None,
+        critic=critic,
     )
+
+
+def _frozen_of_critic(config: RlConfig, start: Start, layout: Layout, fixed: Params | None) -> Params:
+    """The weights under a critic's adapters; of one that trains all it uses, the output projection alone."""
+    if config.lora is not None:
+        assert fixed is not None
+        return fixed
+    if start.config.tie_word_embeddings:
+        return {}
+    weights = fixed or checkpoint_weights(start.checkpoint, dtype=config.param_dtype, layout=layout)
+    return split_decoder(weights)[1]
 
 
 def reward_scorers(config: RlConfig, layout: Layout) -> Mapping[str, ModelScorer]:

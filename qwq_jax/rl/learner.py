@@ -30,6 +30,8 @@ from qwq_jax.train.packing import PackedRows, Segment
 from qwq_jax.train.state import Params, TrainState
 
 MicroLoss = Callable[[Params, TrainBatch], LossTerms]
+Scorer = Callable[[Params, Sequence[Segment]], list[np.ndarray]]
+"""From all parameters and some sequences to float32 ``[n_i]``, a number for each of their trained tokens."""
 
 
 @dataclass(frozen=True)
@@ -193,10 +195,8 @@ class Rows:
         return map(self.place, self.plan(segments).micro_batches(segments))
 
 
-def make_scorer(
-    run: Callable[[Params, TrainBatch], Any], rows: Rows
-) -> Callable[[Params, Sequence[Segment]], list[np.ndarray]]:
-    """Builds ``(params, segments) -> float32 [n_i] each``, from ``run(params, batch) -> [B, T]``: of trained tokens."""
+def make_scorer(run: Callable[[Params, TrainBatch], Any], rows: Rows) -> Scorer:
+    """Builds a scorer from ``run(params, batch) -> [B, T]``."""
     replicated = rows.layout.sharding((None, None))
     compiled = jax.jit(run, out_shardings=replicated)  # whole everywhere, so that every process can read it
 
@@ -229,4 +229,5 @@ def means(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Of several updates: means, of ``max_...`` the largest, of ``tokens`` the sum."""
     found = {name: float(np.mean([record[name] for record in records])) for name in records[0]}
     peaks = {name: max(record[name] for record in records) for name in found if name.startswith("max_")}
-    return found | peaks | {"tokens": sum(record["tokens"] for record in records)}
+    sums = {name: sum(record[name] for record in records) for name in found if name == "tokens"}
+    return found | peaks | sums

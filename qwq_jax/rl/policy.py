@@ -1,18 +1,37 @@
-"""What learns from a batch: the policy with its reference, and how its weights come to the engine."""
+"""What learns from a batch: the policy with its reference and its critic, and how its weights come to the engine."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import jax
 import numpy as np
 
 from qwq_jax.config.objective import ObjectiveConfig
+from qwq_jax.rl.critic import Critic
 from qwq_jax.rl.experience import Experience, advantages_of, gather, segments_of, split
-from qwq_jax.rl.learner import Rows, Updater, means
+from qwq_jax.rl.learner import Rows, Scorer, Updater, means
 from qwq_jax.rl.rollout import Group
 from qwq_jax.train.packing import Segment
 from qwq_jax.train.state import Params, TrainState
 
-Scorer = Callable[[Params, Sequence[Segment]], list[np.ndarray]]
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RlState:
+    """A pytree: all that learning changes.
+
+    Attributes:
+        policy: The trained parameters of the policy.
+        critic: Those of the critic; None without one.
+    """
+
+    policy: TrainState
+    critic: TrainState | None = None
+
+    @property
+    def updates(self) -> int:
+        """Updates of the policy so far."""
+        return int(self.policy.step)
 
 
 @dataclass(frozen=True)
@@ -25,6 +44,7 @@ class LearnConfig:
         passes: How often all of it is trained on.
         longest: Most tokens of a completion.
         old_logprobs: Whether the log-probabilities before the update are computed apart.
+        critic_first: Of so many steps only the critic learns.
     """
 
     objective: ObjectiveConfig
@@ -32,6 +52,7 @@ class LearnConfig:
     passes: int = 1
     longest: int = 4096
     old_logprobs: bool = False
+    critic_first: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +67,7 @@ class Policy:
         sync: Parameters for an engine.
         frozen: Parameters beside those that are trained; None without adapters.
         reference: Parameters of the reference; None if the objective needs none.
+        critic: None if the objective needs none.
     """
 
     updater: Updater
@@ -55,48 +77,64 @@ class Policy:
     sync: Callable[[Params, Params | None], Params]
     frozen: Params | None = None
     reference: Params | None = field(default=None, repr=False)
+    critic: Critic | None = None
 
-    def engine_params(self, state: TrainState) -> Params:
+    def engine_params(self, state: RlState) -> Params:
         """The weights as an engine takes them."""
-        return self.sync(state.params, self.frozen)
+        return self.sync(state.policy.params, self.frozen)
 
     def learn(
-        self, state: TrainState, groups: Sequence[Group], config: LearnConfig
-    ) -> tuple[TrainState, dict[str, float]]:
-        """Trains on a batch. `state` is donated: do not use it again.
+        self, state: RlState, groups: Sequence[Group], config: LearnConfig, *, step: int
+    ) -> tuple[RlState, dict[str, float]]:
+        """Trains on the batch of a step, which count from 1. `state` is donated: do not use it again.
 
         Returns:
             The new state, and what there is to report. A batch in which no completion counts changes nothing.
         """
         experience = gather(groups, config.objective)
         columns = self._columns(state, experience, config)
-        records: list[dict[str, float]] = []
+        policy, critic, records = state.policy, state.critic, []
         for _ in range(config.passes):
             for indices in split(experience, config.updates):
                 segments = segments_of(
                     experience, indices, columns=columns, objective=config.objective, longest=config.longest
                 )
-                if segments:
-                    batches = self.rows.micro_batches(segments)
-                    state, record = self.updater.update(state, batches, self.frozen)
-                    records.append(record)
-        return state, batch_measures(experience) | (means(records) if records else {}) | {"updates": len(records)}
+                if not segments:
+                    continue
+                record: dict[str, float] = {}
+                if step > config.critic_first:
+                    policy, record = self.updater.update(policy, self.rows.micro_batches(segments), self.frozen)
+                if self.critic is not None and critic is not None:
+                    critic, said = self.critic.learn(critic, segments)
+                    record |= said
+                records.append(record)
+        measures = batch_measures(experience) | (means(records) if records else {}) | {"updates": float(len(records))}
+        return RlState(policy, critic), measures
 
     def _columns(
-        self, state: TrainState, experience: Experience, config: LearnConfig
+        self, state: RlState, experience: Experience, config: LearnConfig
     ) -> Mapping[str, Sequence[np.ndarray]]:
         """What stands beside the trained tokens of each completion."""
         objective = config.objective
         plain = [Segment(*experience.sequence(i)) for i in range(len(experience.samples))]
         columns: dict[str, Sequence[np.ndarray]] = {}
         if config.old_logprobs:
-            columns["old_logp"] = self.score({**(self.frozen or {}), **state.params}, plain)
+            columns["old_logp"] = self.score({**(self.frozen or {}), **state.policy.params}, plain)
         if objective.uses_reference:
             assert self.reference is not None
             columns["ref_logp"] = self.score_reference(self.reference, plain)
+        if self.critic is not None:
+            assert state.critic is not None
+            columns["old_values"] = self.critic.values(state.critic, plain)
         advantages = advantages_of(
-            experience, objective, old_logp=columns.get("old_logp"), ref_logp=columns.get("ref_logp")
+            experience,
+            objective,
+            old_logp=columns.get("old_logp"),
+            ref_logp=columns.get("ref_logp"),
+            values=columns.get("old_values"),
         )
+        if advantages.returns is not None:
+            columns["returns"] = advantages.returns
         return {**columns, "advantages": advantages.tokens}
 
 
@@ -112,6 +150,7 @@ def batch_measures(experience: Experience) -> dict[str, float]:
         "informative": float(
             np.mean([np.ptp(rewards[experience.groups == group]) > 0 for group in np.unique(experience.groups)])
         ),
+        "prompts": float(len(np.unique(experience.groups))),
         "rewards_failed": float(np.mean([bool(sample.graded.failed) for sample in samples])),
     }
     if judged:

@@ -8,11 +8,10 @@ from typing import Any
 
 from qwq_jax.checkpoint.train_store import TrainStore
 from qwq_jax.engine.engine import Engine
-from qwq_jax.rl.policy import LearnConfig, Policy
+from qwq_jax.rl.policy import LearnConfig, Policy, RlState
 from qwq_jax.rl.prompts import PromptOrder
 from qwq_jax.rl.rollout import Batch, Rollouts
 from qwq_jax.train.metrics import MetricsLog
-from qwq_jax.train.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Outcome:
         finished: False if it was asked to stop before its last step.
     """
 
-    state: TrainState
+    state: RlState
     step: int
     finished: bool
 
@@ -120,7 +119,7 @@ class Trainer:
     learning_rate: Callable[[int], Any]
     hands: Hands
 
-    def run(self, state: TrainState, *, step: int, cursor: int) -> Outcome:
+    def run(self, state: RlState, *, step: int, cursor: int) -> Outcome:
         """Trains until the last step, or until asked to stop. Saves before it returns.
 
         Args:
@@ -141,7 +140,7 @@ class Trainer:
             if batch is None:
                 break
             step, cursor = step + 1, batch.cursor
-            state, record = self._learn(state, batch, clock)
+            state, record = self._learn(state, batch, clock, step)
             with clock.at("sync"):
                 self.engine.replace_weights(self.policy.engine_params(state))
             record |= self._evaluated(step, clock)
@@ -164,10 +163,10 @@ class Trainer:
         refill = self.learning.objective.uninformative_groups == "refill"
         return self.rollouts.batch(self.order, cursor, step=step, refill=refill, stopping=self.hands.stopping)
 
-    def _learn(self, state: TrainState, batch: Batch, clock: Clock) -> tuple[TrainState, dict[str, float]]:
-        rate = float(self.learning_rate(int(state.step)))
+    def _learn(self, state: RlState, batch: Batch, clock: Clock, step: int) -> tuple[RlState, dict[str, float]]:
+        rate = float(self.learning_rate(state.updates))
         with clock.at("update"):
-            state, record = self.policy.learn(state, batch.groups, self.learning)
+            state, record = self.policy.learn(state, batch.groups, self.learning, step=step)
         return state, record | {"learning_rate": rate, "drawn_groups": float(batch.drawn_groups)}
 
     def _evaluated(self, step: int, clock: Clock) -> dict[str, float]:
@@ -182,7 +181,7 @@ class Trainer:
         if step:
             self.hands.report(step, record)
 
-    def _save(self, state: TrainState, step: int, cursor: int, record: Mapping[str, float] | None) -> None:
+    def _save(self, state: RlState, step: int, cursor: int, record: Mapping[str, float] | None) -> None:
         if step == 0:
             return  # nothing has been done that a new start would not do again
         if self.log is not None:
