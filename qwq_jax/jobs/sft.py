@@ -40,15 +40,15 @@ from qwq_jax.model.lora import num_adapter_parameters, random_adapters
 from qwq_jax.runtime import default_compute_dtype
 from qwq_jax.sft.data import Examples, read_examples
 from qwq_jax.sft.loss import make_sft_loss
-from qwq_jax.sft.stream import BatchStream, plan_steps
-from qwq_jax.sft.trainer import Intervals, Trainer, Work, newest_step
 from qwq_jax.sharding import Layout, make_mesh, train_layout
 from qwq_jax.train.batch import place_batch
 from qwq_jax.train.metrics import METRICS, MetricsLog
 from qwq_jax.train.optimizer import make_optimizer, make_schedule
-from qwq_jax.train.packing import PackedRows, fill_rows, plan_rows
+from qwq_jax.train.packing import PackedRows
 from qwq_jax.train.state import Params, TrainState, abstract_state, init_state
 from qwq_jax.train.step import Loss, make_eval_step, make_train_step
+from qwq_jax.train.stream import BatchStream, one_pass, plan_steps
+from qwq_jax.train.trainer import Intervals, Trainer, Work, newest_step
 from qwq_jax.train.weights import (
     abstract_adapters,
     abstract_params,
@@ -260,7 +260,7 @@ def make_stream(config: SftConfig, train: Examples) -> BatchStream:
         seed=config.seed,
         steps=config.last_step,
     )
-    return BatchStream(train.segments, plan, row_length=config.sequence_length)
+    return BatchStream(train.examples, plan, row_length=config.sequence_length)
 
 
 def run_identity(config: SftConfig, start: Start, train: Examples, held_out: Examples | None) -> dict[str, Any]:
@@ -286,22 +286,15 @@ def fingerprint(checkpoint: Checkpoint | None) -> str:
 
 def make_evaluate(
     config: SftConfig, loss: Loss, held_out: Examples, *, place: Callable[[PackedRows], Any], frozen: Params | None
-) -> Callable[[Params], float]:
-    """Builds ``evaluate(params) -> mean loss`` over every trained token of the held-out examples."""
-    rows = plan_rows([segment.slots for segment in held_out.segments], row_length=config.sequence_length)
-    rows += [[]] * (-len(rows) % config.rows_per_step)
-    batches = [
-        fill_rows(
-            [[held_out.segments[i] for i in row] for row in rows[start : start + config.rows_per_step]],
-            row_length=config.sequence_length,
-        )
-        for start in range(0, len(rows), config.rows_per_step)
-    ]
+) -> Callable[[Params], dict[str, float]]:
+    """Builds ``evaluate(params) -> {"loss": mean}`` over every trained token of the held-out examples."""
+    batches = one_pass(held_out.examples, row_length=config.sequence_length, rows_per_batch=config.rows_per_step)
     evaluate_batch = make_eval_step(loss)
 
-    def evaluate(params: Params) -> float:
+    def evaluate(params: Params) -> dict[str, float]:
         sums = [evaluate_batch(params, place(batch), frozen) for batch in batches]
-        return float(np.sum([total for total, _ in sums], dtype=np.float64) / sum(int(count) for _, count in sums))
+        total = np.sum([total for total, _ in sums], dtype=np.float64)
+        return {"loss": float(total / sum(int(count) for _, count in sums))}
 
     return evaluate
 

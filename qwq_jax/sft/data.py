@@ -24,12 +24,12 @@ import numpy as np
 from qwq_jax.chat import ChatTokenizer
 from qwq_jax.config.json_line import load_json_line
 from qwq_jax.train.packing import Segment
+from qwq_jax.train.turns import completion_ids
 
 ROLES = frozenset({"system", "user", "assistant", "tool"})
 FIELDS = frozenset({"role", "content", "reasoning_content"})
 # Beside "messages" a line may hold anything (an id, a source) but what the template would have been given.
 CHANGES_PROMPT = frozenset({"tools", "functions", "documents"})
-END_OF_TURN = "<|im_end|>"
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class Examples:
 
     segments: list[Segment]
     too_long: int = 0
+
+    @property
+    def examples(self) -> list[tuple[Segment]]:
+        """The sequences one by one, as the order of training takes them."""
+        return [(segment,) for segment in self.segments]
 
     @property
     def trained_tokens(self) -> int:
@@ -132,9 +137,6 @@ def check_messages(value: object, *, where: str) -> list[dict[str, Any]]:
 
 def conversation_segments(messages: Sequence[dict[str, Any]], tokenizer: ChatTokenizer, *, where: str) -> list[Segment]:
     """The sequences that train every assistant turn, as few as the template allows."""
-    end_of_turn = end_of_turn_id(tokenizer)
-    opened = tokenizer.generation_prompt_opens_thinking
-    stops = {end_of_turn, *tokenizer.eos_token_ids}
     sequences: list[tuple[list[int], list[bool]]] = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -145,10 +147,7 @@ def conversation_segments(messages: Sequence[dict[str, Any]], tokenizer: ChatTok
             prompt = tokenizer.apply_template(messages[:i], add_generation_prompt=True)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        completion = tokenizer.encode(completion_text(message, opened, f"{where}: messages[{i}]"))
-        if not stops.isdisjoint(completion):
-            raise ValueError(f"{where}: messages[{i}] contains an end-of-turn token")
-        completion = [*completion, end_of_turn]
+        completion = completion_ids(message, tokenizer, where=f"{where}: messages[{i}]")
         if sequences and prompt[: len(sequences[-1][0])] == sequences[-1][0]:
             tokens, trained = sequences.pop()
             trained = trained + [False] * (len(prompt) - len(tokens))
@@ -156,25 +155,3 @@ def conversation_segments(messages: Sequence[dict[str, Any]], tokenizer: ChatTok
             trained = [False] * len(prompt)
         sequences.append((prompt + completion, trained + [True] * len(completion)))
     return [Segment(np.array(tokens, np.int32), np.array(trained, np.bool_)) for tokens, trained in sequences]
-
-
-def completion_text(message: dict[str, Any], opened: bool, where: str) -> str:
-    """What the model has to say after the generation prompt, which has opened the thoughts or not."""
-    text = message["content"]
-    if reasoning := message.get("reasoning_content"):
-        text = f"<think>\n{reasoning}\n</think>\n\n{text}"
-    if not opened:
-        return text
-    if "</think>" not in text:
-        raise ValueError(f"{where} has no </think>, and the chat template opens <think> for it")
-    return text.removeprefix("<think>").removeprefix("\n") if text.startswith("<think>") else text
-
-
-def end_of_turn_id(tokenizer: ChatTokenizer) -> int:
-    """The one token that ends a turn: ``<|im_end|>`` where it is an end of sequence, else the first that is."""
-    encoded = tokenizer.encode(END_OF_TURN)
-    if len(encoded) == 1 and encoded[0] in tokenizer.eos_token_ids:
-        return encoded[0]
-    if not tokenizer.eos_token_ids:
-        raise ValueError("the tokenizer names no end-of-sequence token to train")
-    return tokenizer.eos_token_ids[0]

@@ -7,7 +7,7 @@ from etils import epath
 
 from qwq_jax import runtime
 from qwq_jax.checkpoint.train_store import TrainStore
-from qwq_jax.sft.trainer import newest_step
+from qwq_jax.train.trainer import newest_step
 
 if __name__ == "__main__":
     runtime.start(simulate_devices=4, distributed=True)

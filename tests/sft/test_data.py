@@ -5,7 +5,7 @@ import pytest
 
 from qwq_jax.chat import ChatTokenizer
 from qwq_jax.sft.data import read_examples
-from qwq_jax.sft.stream import BatchStream, plan_steps
+from qwq_jax.train.stream import BatchStream, plan_steps, slots_of
 from tests.sft.chat_directory import END, PLAIN, THINKING, write_tokenizer
 
 
@@ -172,17 +172,16 @@ def test_every_pass_sees_every_sequence_once_in_an_order_of_its_own():
 
 
 def test_a_stream_goes_on_from_its_state(tmp_path, plain):
-    segments = read(
-        tmp_path, plain, *[[user("q" * n), assistant("a" * n)] for n in range(1, 20)], row_length=200
-    ).segments
-    steps = plan_steps([s.slots for s in segments], row_length=200, rows_per_step=2, seed=0, steps=9)
-    whole = list(BatchStream(segments, steps, row_length=200))
+    conversations = [[user("q" * n), assistant("a" * n)] for n in range(1, 20)]
+    examples = read(tmp_path, plain, *conversations, row_length=200).examples
+    steps = plan_steps([slots_of(example) for example in examples], row_length=200, rows_per_step=2, seed=0, steps=9)
+    whole = list(BatchStream(examples, steps, row_length=200))
     assert len(whole) == 9
-    stream = BatchStream(segments, steps, row_length=200)
+    stream = BatchStream(examples, steps, row_length=200)
     for _ in range(4):
         next(stream)
     state = json.loads(json.dumps(stream.state()))
-    resumed = BatchStream(segments, steps, row_length=200)
+    resumed = BatchStream(examples, steps, row_length=200)
     resumed.set_state(state)
     rest = list(resumed)
     assert len(rest) == 5

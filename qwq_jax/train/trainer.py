@@ -1,4 +1,4 @@
-"""The loop: steps, held-out loss, metrics, checkpoints, and a clean stop."""
+"""The loop of training on a fixed set of examples: steps, held-out measures, metrics, checkpoints, and a clean stop."""
 
 import math
 import time
@@ -11,12 +11,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from qwq_jax.checkpoint.train_store import TrainStore
-from qwq_jax.sft.stream import BatchStream
 from qwq_jax.train.batch import TrainBatch
 from qwq_jax.train.metrics import MetricsLog
 from qwq_jax.train.packing import PackedRows
 from qwq_jax.train.state import Params, TrainState
-from qwq_jax.train.step import TrainStep
+from qwq_jax.train.stream import BatchStream
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Intervals:
 
     Attributes:
         steps: Length of the run.
-        eval_every: Held-out loss; 0 for never in between.
+        eval_every: Held-out measures; 0 for never in between.
         save_every: Checkpoint; 0 for never in between. Comes with the held-out loss that ranks it.
     """
 
@@ -38,7 +37,7 @@ class Intervals:
         return step == self.steps or (self.save_every > 0 and step % self.save_every == 0)
 
     def evaluates(self, step: int) -> bool:
-        """Whether the held-out loss is computed after `step`."""
+        """Whether the held-out measures are computed after `step`."""
         return self.saves(step) or (self.eval_every > 0 and step % self.eval_every == 0)
 
 
@@ -47,15 +46,15 @@ class Work:
     """What the loop calls.
 
     Attributes:
-        train_step: The jitted update.
+        train_step: The jitted update: the next state, and what to report, ``loss`` and ``grad_norm`` among it.
         place: Rows of a step -> arrays on the devices.
-        evaluate: Parameters -> held-out loss, or ``None`` without held-out data.
+        evaluate: Parameters -> held-out measures, ``loss`` among them; ``None`` without held-out data.
         learning_rate: By number of updates done before.
     """
 
-    train_step: TrainStep
+    train_step: Callable[[TrainState, TrainBatch], tuple[TrainState, Mapping[str, jax.Array]]]
     place: Callable[[PackedRows], TrainBatch]
-    evaluate: Callable[[Params], float] | None
+    evaluate: Callable[[Params], Mapping[str, float]] | None
     learning_rate: Callable[[int], Any]
 
 
@@ -122,24 +121,23 @@ class Trainer:
                 raise ValueError(f"step {step}: the loss is {values['loss']}; try a lower optimizer.learning_rate")
             values["learning_rate"] = float(jax.device_get(self._work.learning_rate(step - 1)))
             seconds = time.perf_counter() - started
-            eval_loss = self._evaluate(step, state.params)
-            if eval_loss is not None:
-                values["eval_loss"] = eval_loss
+            held_out = self._evaluate(step, state.params)
+            values |= {f"eval_{name}": value for name, value in held_out.items()}
             values |= {"seconds": seconds, "tokens_per_second": np.count_nonzero(rows.segment_ids) / seconds}
             if self._log:
                 self._log.write(step, values)
             report(step, values)
             stopping = agree(should_stop())
             if stopping or self._intervals.saves(step):
-                self._save(state, step, eval_loss)
+                self._save(state, step, held_out.get("loss"))
             if stopping and step < self._intervals.steps:
                 return Outcome(state, finished=False)
             started = time.perf_counter()
         return Outcome(state, finished=True)
 
-    def _evaluate(self, step: int, params: Params) -> float | None:
+    def _evaluate(self, step: int, params: Params) -> Mapping[str, float]:
         if self._work.evaluate is None or not self._intervals.evaluates(step):
-            return None
+            return {}
         return self._work.evaluate(params)
 
     def _save(self, state: TrainState, step: int, eval_loss: float | None) -> None:
