@@ -31,7 +31,7 @@ from tests.multihost.launch import together
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ["engine.max_sequences=8", "engine.page_size=64", "engine.max_context=64", "engine.prefill_chunk=64"]
-SETTINGS += ["engine.compute_dtype=float32", "sampling.max_tokens=12", "sampling.temperature=1.0"]
+SETTINGS += ["engine.compute_dtype=float32", "sampling.max_tokens=40", "sampling.stop_token_ids=[87]"]
 REWARDS = '[[rewards]]\nkind = "custom"\nfunction = "tests.jobs.even_reward:even"\n'
 TASKS, SAMPLES = 6, 4
 
@@ -75,6 +75,7 @@ def test_the_scores_are_those_of_the_rewards_for_what_the_engine_drew(finished: 
     answers, scores = lines_of(finished / "answers.jsonl"), lines_of(finished / "scores.jsonl")
     assert [each["custom_id"] for each in answers] == [f"t{i}#{j}" for i in range(TASKS) for j in range(SAMPLES)]
     assert len({tuple(answer["response"]["body"]["choices"][0]["token_ids"]) for answer in answers}) > TASKS
+    assert {score["truncated"] for score in scores} == {True, False}, "some replies are meant to end by themselves"
     for number, (answer, score) in enumerate(zip(answers, scores, strict=True), start=1):
         (choice,) = answer["response"]["body"]["choices"]
         text = tokenizer.decode(choice["token_ids"])
@@ -100,7 +101,7 @@ def test_the_summary_is_what_the_scores_add_up_to(finished: Path) -> None:
             assert row["measures"][f"pass@{k}"]["low"] <= expected <= row["measures"][f"pass@{k}"]["high"]
         assert row["measures"]["avg@4"]["value"] == pytest.approx(np.mean([marks[n] for n in names]))
         assert {"maj@2", "maj@4", "reward"} <= row["measures"].keys()
-    assert summary["settings"]["samples"] == SAMPLES and summary["settings"]["sampling"]["max_tokens"] == 12
+    assert summary["settings"]["samples"] == SAMPLES and summary["settings"]["sampling"]["max_tokens"] == 40
     report = (finished / "report.html").read_text()
     assert "avg@4 result" in report and "t0" in report and "reply before" not in report and "gain" not in report
 
