@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qwq_jax.config.objective import ObjectiveConfig
-from qwq_jax.rl.advantage import Advantages, to_column, token_advantages, token_weights
+from qwq_jax.rl.advantage import Advantages, is_informative, to_column, token_advantages, token_weights
 from qwq_jax.rl.rollout import Group, Sample
 from qwq_jax.train.packing import PackedRows, Segment, fill_rows, plan_rows
 
@@ -46,14 +46,20 @@ class Experience:
 
 def gather(groups: Sequence[Group], objective: ObjectiveConfig) -> Experience:
     """Puts the groups side by side, and decides which completions count."""
-    samples = tuple(sample for group in groups for sample in group.samples)
-    truncated = np.array([sample.reply.truncated for sample in samples], np.bool_)
     return Experience(
         prompts=tuple(group.prompt.token_ids for group in groups for _ in group.samples),
-        samples=samples,
+        samples=tuple(sample for group in groups for sample in group.samples),
         groups=np.repeat(np.arange(len(groups)), [len(group.samples) for group in groups]),
-        kept=~truncated if objective.mask_truncated else np.ones(len(samples), np.bool_),
+        kept=np.concatenate([_counting(group, objective) for group in groups]),
     )
+
+
+def _counting(group: Group, objective: ObjectiveConfig) -> np.ndarray:
+    """Which completions of a group count: bool, one for each."""
+    kept = np.array([not (objective.mask_truncated and sample.reply.truncated) for sample in group.samples], np.bool_)
+    if objective.uninformative_groups == "drop" and not is_informative(np.array(group.rewards)[kept]):
+        kept[:] = False
+    return kept
 
 
 def advantages_of(
@@ -96,7 +102,7 @@ def segments_of(
 ) -> list[Segment]:
     """One update's sequences, with the `columns` of their trained tokens, the engine's log-probabilities and weights.
 
-    Completions that do not count, and those whose every term is zero, are left out: they cost time and change nothing.
+    Completions that do not count are left out: they cost time and change nothing.
     """
     indices = list(indices)
     lengths = [experience.lengths[i] for i in indices]
