@@ -12,6 +12,7 @@
 | ...layers.i.mlp.down_proj.weight         | [D, F]     | layers.i.mlp.down_kernel            | [F, D]    |
 | model.norm.weight                        | [D]        | final_norm.scale                    | [D]       |
 | lm_head.weight (untied only)             | [V, D]     | head.kernel                         | [V, D]    |
+| score.weight (reward models, as the head)| [1, D]     | score.kernel                        | [D]       |
 
 (k and v have K heads in place of N.) A tensor is split into its factors, then its dimensions are permuted; nothing is
 computed, so both directions keep every bit.
@@ -70,7 +71,9 @@ def name_table(config: ModelConfig) -> tuple[NamePair, ...]:
     for index in range(config.num_layers):
         rows += _layer(config, f"model.layers.{index}.", f"layers.{index}.")
     rows.append(_same("model.norm.weight", "final_norm.scale", (width,)))
-    if not config.tie_word_embeddings:
+    if config.scalar_head:
+        rows.append(NamePair("score.weight", "score.kernel", (1, width), (width,), (0,)))
+    elif not config.tie_word_embeddings:
         rows.append(_same(TIED_HEAD, "head.kernel", (vocab, width)))
     assert len({row.source for row in rows}) == len(rows) == len({row.path for row in rows})
     return tuple(rows)

@@ -10,6 +10,8 @@ from typing import Any
 from qwq_jax.config.yarn import default_attention_factor
 
 ARCHITECTURE = "Qwen2ForCausalLM"
+# A reward model, if it has one label.
+CLASSIFIER = "Qwen2ForSequenceClassification"
 
 # Read below.
 _UNDERSTOOD = frozenset(
@@ -18,6 +20,7 @@ _UNDERSTOOD = frozenset(
     num_key_value_heads head_dim intermediate_size rms_norm_eps tie_word_embeddings max_position_embeddings
     rope_theta rope_scaling rope_parameters original_max_position_embeddings partial_rotary_factor
     use_sliding_window sliding_window max_window_layers layer_types bos_token_id eos_token_id pad_token_id
+    num_labels id2label
     """.split()
 )
 
@@ -27,7 +30,7 @@ _HARMLESS = frozenset(
     dtype torch_dtype transformers_version use_cache initializer_range attention_dropout name_or_path _name_or_path
     attn_implementation _attn_implementation _attn_implementation_autoset _experts_implementation tokenizer_class
     model_max_length return_dict return_dict_in_generate output_attentions output_hidden_states output_scores
-    torchscript use_bfloat16 chunk_size_feed_forward problem_type id2label label2id finetuning_task
+    torchscript use_bfloat16 chunk_size_feed_forward problem_type label2id finetuning_task
     task_specific_params prefix
     sep_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id min_length max_length do_sample
     early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty
@@ -89,6 +92,7 @@ def read_huggingface(config: Mapping[str, Any], generation_config: Mapping[str, 
         "tie_word_embeddings": _boolean(config, "tie_word_embeddings", False),
         "qkv_bias": True,
         "max_position_embeddings": _integer(config, "max_position_embeddings"),
+        "scalar_head": _scalar_head(config),
         **_rope(config),
         **_special_tokens(config, generation_config),
     }
@@ -133,6 +137,8 @@ def write_huggingface(fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     }
     if fields["head_dim"] * fields["num_heads"] != fields["hidden_size"]:
         config["head_dim"] = fields["head_dim"]
+    if fields.get("scalar_head"):
+        config |= {"architectures": [CLASSIFIER], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     if fields["yarn"] is not None:
         set_fields = {name: value for name, value in fields["yarn"].items() if value is not None}
         config["rope_scaling"] = {"rope_type": "yarn", **set_fields}
@@ -143,8 +149,11 @@ def _refuse_what_changes_the_mathematics(config: Mapping[str, Any]) -> None:
     if (model_type := config.get("model_type")) != "qwen2":
         raise ValueError(f"config.json: model_type {model_type!r} is not supported, only 'qwen2' is")
     architectures = config.get("architectures")
-    if architectures not in (None, [ARCHITECTURE]):
-        raise ValueError(f"config.json: architectures {architectures!r} is not supported, only [{ARCHITECTURE!r}] is")
+    if architectures not in (None, [ARCHITECTURE], [CLASSIFIER]):
+        raise ValueError(
+            f"config.json: architectures {architectures!r} is not supported, only [{ARCHITECTURE!r}] is, and "
+            f"[{CLASSIFIER!r}] of one label"
+        )
     if (activation := config.get("hidden_act", "silu")) != "silu":
         raise ValueError(f"config.json: hidden_act {activation!r} is not supported, only 'silu' is")
     if config.get("quantization_config") is not None:
@@ -157,6 +166,17 @@ def _refuse_what_changes_the_mathematics(config: Mapping[str, Any]) -> None:
             raise ValueError(f"config.json: {field} is not a known field, and {value!r} might change the model")
         if value != _ONLY[field]:
             raise ValueError(f"config.json: {field} {value!r} is not supported, only {_ONLY[field]!r} is")
+
+
+def _scalar_head(config: Mapping[str, Any]) -> bool:
+    """Whether the model is a reward model; the default of two labels is transformers'."""
+    if config.get("architectures") != [CLASSIFIER]:
+        return False
+    named = config.get("id2label")
+    labels = _integer(config, "num_labels", len(named) if isinstance(named, Mapping) else 2)
+    if labels != 1:
+        raise ValueError(f"config.json: a {CLASSIFIER} of {labels} labels is not supported, only one of 1 is, a reward")
+    return True
 
 
 def _refuse_partial_rotary(fields: Mapping[str, Any], path: str = "") -> None:

@@ -3,7 +3,16 @@
 from collections.abc import Mapping
 from typing import Any, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from qwq_jax.config.frozen import Frozen, describe
 from qwq_jax.config.huggingface import read_huggingface, write_huggingface
@@ -32,6 +41,7 @@ class ModelConfig(Frozen):
         bos_token_id: First token of a text, if the family uses one.
         eos_token_ids: Tokens that end a completion.
         pad_token_id: Filler token.
+        scalar_head: The model scores texts, as reward models do: in place of the output head it has one number a token.
     """
 
     vocab_size: PositiveInt
@@ -50,6 +60,7 @@ class ModelConfig(Frozen):
     bos_token_id: NonNegativeInt | None = None
     eos_token_ids: tuple[NonNegativeInt, ...] = ()
     pad_token_id: NonNegativeInt | None = None
+    scalar_head: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -61,6 +72,12 @@ class ModelConfig(Frozen):
             if token is not None and token >= self.vocab_size:
                 raise ValueError(f"special token {token} lies outside the vocabulary of {self.vocab_size}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves `scalar_head` out where it is false: earlier versions of the program refuse what they do not know."""
+        fields = write(self)
+        return fields if self.scalar_head else {name: value for name, value in fields.items() if name != "scalar_head"}
 
     @property
     def max_context(self) -> int:
@@ -77,8 +94,9 @@ class ModelConfig(Frozen):
         attention = self.hidden_size * self.head_dim * (heads + self.num_heads)
         bias = heads * self.head_dim if self.qkv_bias else 0
         layer = attention + bias + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.num_layers * layer + embeddings + self.hidden_size
+        own_head = self.vocab_size * self.hidden_size if not self.tie_word_embeddings else 0
+        head = self.hidden_size if self.scalar_head else own_head
+        return self.num_layers * layer + self.vocab_size * self.hidden_size + head + self.hidden_size
 
     @classmethod
     def from_huggingface(

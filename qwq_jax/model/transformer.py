@@ -1,4 +1,4 @@
-"""The decoder: embedding, blocks, final norm, head.
+"""The decoder: embedding, blocks, final norm, and a head over the vocabulary or, of a reward model, a scalar one.
 
 The same module serves two arrangements of its weights. *Unrolled*, one set of arrays a layer, is what checkpoints and
 decoding use: a scan over layers would copy the whole KV cache. *Stacked*, one array with a leading L axis a weight, is
@@ -37,6 +37,14 @@ class Head(nnx.Module):
         )
 
 
+class Score(nnx.Module):
+    """What a reward model has for a head: a direction `[D]`."""
+
+    def __init__(self, config: ModelConfig):
+        """Declares the direction."""
+        self.kernel = param((config.hidden_size,), ("embed",))
+
+
 class Transformer(nnx.Module):
     """A Qwen2 decoder. Build it with `qwq_jax.model.params.bind`, which puts real arrays in."""
 
@@ -64,8 +72,9 @@ class Transformer(nnx.Module):
             ValueError: These projections cannot be quantised so.
         """
         assert not (stacked and weights), "training needs weights of full precision"
-        if weights is not None and weights.head and config.tie_word_embeddings:
-            raise ValueError(f"weights {weights.name}: this model's head is its embedding, which is not quantised")
+        if weights is not None and weights.head and (config.tie_word_embeddings or config.scalar_head):
+            head = "a direction" if config.scalar_head else "its embedding"
+            raise ValueError(f"weights {weights.name}: this model's head is {head}, which is not quantised")
         self.config = config
         self.stacked = stacked
         self.dtype = dtype
@@ -77,7 +86,9 @@ class Transformer(nnx.Module):
         else:
             self.layers = nnx.List([Block(config, weights, lora) for _ in range(config.num_layers)])
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if not config.tie_word_embeddings:
+        if config.scalar_head:
+            self.score = Score(config)
+        elif not config.tie_word_embeddings:
             self.head = Head(config, weights)
 
     def __call__(
@@ -115,10 +126,25 @@ class Transformer(nnx.Module):
 
     def head_matrix(self) -> jax.Array:
         """The output projection `[V, D]`: the embedding where the two are tied; float32 where it is quantised."""
-        scale = self._head_scale()
-        return self._stored_head() if scale is None else self._stored_head() * scale[:, None]
+        head, scale = self._stored_head(), self._head_scale()
+        return head if scale is None else head * scale[:, None]
+
+    def scores(self, hidden: jax.Array) -> jax.Array:
+        """What a reward model says of the text up to each token: `[..., D]` to float32 `[...]`.
+
+        The product is float32 whatever the activations are: rewards are compared, and differ by little.
+        """
+        assert self.config.scalar_head, "the model has no scalar head"
+        return jnp.einsum(
+            "...d,d->...",
+            hidden.astype(jnp.float32),
+            self.score.kernel[...].astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
+        )
 
     def _stored_head(self) -> jax.Array:
+        if self.config.scalar_head:
+            raise ValueError("this is a reward model: it scores texts, and has no logits to generate or to learn from")
         return self.embed.embedding[...] if self.config.tie_word_embeddings else self.head.kernel[...]
 
     def _head_scale(self) -> jax.Array | None:

@@ -192,7 +192,8 @@ def test_kv_heads_null_means_one_for_each_query_head():
     [
         ({"model_type": "llama"}, "model_type 'llama'"),
         ({"model_type": None}, "model_type None"),
-        ({"architectures": ["Qwen2ForSequenceClassification"]}, "architectures"),
+        ({"architectures": ["Qwen2ForTokenClassification"]}, "architectures"),
+        ({"architectures": ["Qwen2ForSequenceClassification"]}, "of 2 labels"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.rope_type 'llama3'"),
