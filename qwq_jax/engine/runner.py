@@ -17,8 +17,9 @@ from qwq_jax.engine.arrays import pack, packed_size
 from qwq_jax.engine.pages import pages_for
 from qwq_jax.engine.program import Carry, Outcome, Step
 from qwq_jax.engine.step import Draws, EngineShape, Program, StepPlan, StepResult
+from qwq_jax.model.attention import target_of
 from qwq_jax.model.cache import abstract_layer, allocate_cache, cache_spec
-from qwq_jax.model.params import Params, bind
+from qwq_jax.model.params import Params, bind, fuse_attention
 from qwq_jax.model.spec import model_spec
 from qwq_jax.sampling import Sampled
 from qwq_jax.sharding import Layout
@@ -50,7 +51,10 @@ class DeviceRunner:
     ) -> None:
         self.shape = engine_shape(model, layout, config)
         self._model = model
-        self._params = params
+        # Products of one row are too small for a CPU's cores; a TPU's are bound by memory either way.
+        fuses = weights is None and layout.size("heads") == 1 and target_of(layout).platform == "cpu"
+        self._prepare = partial(fuse_attention, num_layers=model.num_layers) if fuses else dict
+        self._params = self._prepare(params)
         self._layout = layout
         self._dtype = jnp.dtype(config.compute_dtype)
         self._weights = weights
@@ -80,6 +84,7 @@ class DeviceRunner:
     def replace_weights(self, params: Params) -> None:
         """Work with these from the next step on; the programs stay, so shapes, types and places must too."""
         described = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)  # noqa: E731
+        params = self._prepare(params)
         assert described(params) == described(self._params), "other shapes, types or places"
         self._params = params
 

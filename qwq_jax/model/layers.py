@@ -89,30 +89,49 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention: projections and rotation; how tokens see each other is the caller's `attend`."""
 
-    def __init__(self, config: ModelConfig, weights: WeightFormat | None = None, lora: LoraConfig | None = None):
-        """Declares q `[D,N,H]`, k and v `[D,K,H]`, o `[N,H,D]`, and biases of q, k, v where the model has them."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: WeightFormat | None = None,
+        lora: LoraConfig | None = None,
+        *,
+        fused: bool = False,
+    ):
+        """Declares q `[D,N,H]`, k and v `[D,K,H]`, o `[N,H,D]`, and biases of q, k, v where the model has them.
+
+        Fused, q, k and v are one array `[D,K,G+2,H]`, of each kv head the queries that share it, then key and value.
+        """
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         self.weights = weights
         q, o = ((D, N, H), ("embed", "heads", None)), ((N, H, D), ("heads", None, "embed"))
         kv = (D, K, H), ("embed", "kv_heads", None)
-        self.q_kernel, self.q_kernel_scale = kernel(*q, weights)
-        self.k_kernel, self.k_kernel_scale = kernel(*kv, weights)
-        self.v_kernel, self.v_kernel_scale = kernel(*kv, weights)
+        self.fused, self.has_bias = fused, config.qkv_bias
+        if fused:
+            assert weights is None and lora is None, "one array has neither scales nor adapters"
+            self.qkv_kernel = param((D, K, N // K + 2, H), ("embed", "kv_heads", None, None))
+            if self.has_bias:
+                self.qkv_bias = param((K, N // K + 2, H), ("kv_heads", None, None))
+        else:
+            self.q_kernel, self.q_kernel_scale = kernel(*q, weights)
+            self.k_kernel, self.k_kernel_scale = kernel(*kv, weights)
+            self.v_kernel, self.v_kernel_scale = kernel(*kv, weights)
+            if self.has_bias:
+                self.q_bias, self.k_bias, self.v_bias = (param(shape[1:], axes[1:]) for shape, axes in (q, kv, kv))
         self.o_kernel, self.o_kernel_scale = kernel(*o, weights)
         self.q_lora = adapter("q_proj", *q, lora)
         self.k_lora = adapter("k_proj", *kv, lora)
         self.v_lora = adapter("v_proj", *kv, lora)
         self.o_lora = adapter("o_proj", *o, lora)
-        self.has_bias = config.qkv_bias
-        if self.has_bias:
-            self.q_bias = param((N, H), ("heads", None))
-            self.k_bias = param((K, H), ("kv_heads", None))
-            self.v_bias = param((K, H), ("kv_heads", None))
 
     def __call__(
         self, x: jax.Array, rotary: tuple[jax.Array, jax.Array], attend: Attend, cache: Any
     ) -> tuple[jax.Array, Any]:
         """`[B,T,D]` to `[B,T,D]`; `rotary` is cosine and sine `[B,T,H/2]`; the cache goes through `attend`."""
+        q, k, v = self._fused_inputs(x) if self.fused else self._inputs(x)
+        out, cache = attend(rotate(q, *rotary), rotate(k, *rotary), v, cache)
+        return adapted(self._output(out), "btnh,nhd->btd", out, self.o_lora), cache
+
+    def _inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         q = project("btd,dnh->btnh", x, self.q_kernel, self.q_kernel_scale, self.weights)
         k = project("btd,dkh->btkh", x, self.k_kernel, self.k_kernel_scale, self.weights)
         v = project("btd,dkh->btkh", x, self.v_kernel, self.v_kernel_scale, self.weights)
@@ -123,8 +142,14 @@ class Attention(nnx.Module):
             q += self.q_bias[...].astype(x.dtype)
             k += self.k_bias[...].astype(x.dtype)
             v += self.v_bias[...].astype(x.dtype)
-        out, cache = attend(rotate(q, *rotary), rotate(k, *rotary), v, cache)
-        return adapted(self._output(out), "btnh,nhd->btd", out, self.o_lora), cache
+        return q, k, v
+
+    def _fused_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        y = jnp.einsum("btd,dkgh->btkgh", x, self.qkv_kernel[...].astype(x.dtype))
+        if self.has_bias:
+            y += self.qkv_bias[...].astype(x.dtype)
+        B, T, K, _, H = y.shape
+        return y[..., :-2, :].reshape(B, T, -1, H), y[..., -2, :], y[..., -1, :]
 
     def _output(self, out: jax.Array) -> jax.Array:
         if self.o_kernel_scale is not None:
@@ -164,10 +189,17 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One layer: attention and feed-forward, each behind its norm, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, weights: WeightFormat | None = None, lora: LoraConfig | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: WeightFormat | None = None,
+        lora: LoraConfig | None = None,
+        *,
+        fused: bool = False,
+    ):
         """Declares the arrays of one layer."""
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, weights, lora)
+        self.attention = Attention(config, weights, lora, fused=fused)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, weights, lora)
 

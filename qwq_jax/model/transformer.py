@@ -57,6 +57,7 @@ class Transformer(nnx.Module):
         remat: bool = False,
         weights: WeightFormat | None = None,
         lora: LoraConfig | None = None,
+        fused: bool = False,
     ):
         """Declares all arrays.
 
@@ -67,6 +68,7 @@ class Transformer(nnx.Module):
             remat: Whether the backward pass recomputes each layer instead of keeping its activations (stacked only).
             weights: How projections are quantised, which only decoding uses; None: they are not.
             lora: Which projections have an adapter beside them; None: none has.
+            fused: Whether the projections to queries, keys and values are one array (unrolled only).
 
         Raises:
             ValueError: These projections cannot be quantised so.
@@ -84,7 +86,7 @@ class Transformer(nnx.Module):
         if stacked:
             self.layers = Block(config, lora=lora)
         else:
-            self.layers = nnx.List([Block(config, weights, lora) for _ in range(config.num_layers)])
+            self.layers = nnx.List([Block(config, weights, lora, fused=fused) for _ in range(config.num_layers)])
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if config.scalar_head:
             self.score = Score(config)
