@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from qwq_jax.config.engine import EngineConfig
 from qwq_jax.config.frozen import Frozen
@@ -31,10 +31,10 @@ class RolloutConfig(Frozen):
     """
 
     prompts_per_step: PositiveInt = 64
-    group_size: PositiveInt = 16
+    group_size: int = Field(default=16, ge=1, le=128)
     max_prompt_tokens: PositiveInt = 1024
     max_tokens: PositiveInt = 4096
-    temperature: PositiveFloat = 1.0
+    temperature: float = Field(default=1.0, gt=0.0, le=2.0)
     max_refills: NonNegativeInt = 8
 
     @property
@@ -69,8 +69,8 @@ class EvalConfig(Frozen):
     """
 
     tasks: tuple[TaskSource, ...] = Field(min_length=1)
-    samples: PositiveInt = 1
-    temperature: float = Field(default=0.0, ge=0.0)
+    samples: int = Field(default=1, ge=1, le=128)
+    temperature: float = Field(default=0.0, ge=0.0, le=2.0)
     max_tokens: PositiveInt | None = None
     every: NonNegativeInt = 0
 
@@ -186,16 +186,16 @@ class RlConfig(Frozen):
             )
         if self.curriculum.least_difficulty > self.curriculum.most_difficulty:
             raise ValueError("curriculum.least_difficulty is above curriculum.most_difficulty: no task is left")
-        self._check_engine(longest)
+        self._check_engine()
         self._check_steps()
         self._check_critic()
         return self
 
-    def _check_engine(self, longest: int) -> None:
-        if self.engine.max_context is not None and self.engine.max_context < longest:
+    def _check_engine(self) -> None:
+        if self.engine.max_context is not None and self.engine.max_context < self.longest_sequence:
             raise ValueError(
-                f"engine.max_context {self.engine.max_context} is less than rollout.max_prompt_tokens + "
-                f"rollout.max_tokens = {longest}; leave it out"
+                f"engine.max_context {self.engine.max_context} is less than the {self.longest_sequence} tokens of a "
+                "longest prompt with a longest completion (max_prompt_tokens, max_tokens); leave it out"
             )
         if self.engine.logprobs != "model":
             raise ValueError(
@@ -227,6 +227,12 @@ class RlConfig(Frozen):
     def critic_or_default(self) -> CriticConfig | None:
         """The critic's settings, if the objective has a critic."""
         return self.critic or CriticConfig() if self.objective.uses_critic else None
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of a longest prompt with a longest completion, of training or evaluation: the engine's context."""
+        held_out = (self.evaluation.max_tokens or 0) if self.evaluation else 0
+        return self.rollout.max_prompt_tokens + max(self.rollout.max_tokens, held_out)
 
     @property
     def last_step(self) -> int:

@@ -205,7 +205,7 @@ def make_engine(config: RlConfig, start: Start, params: Any) -> Engine:
         update={
             "compute_dtype": config.compute_dtype,
             "logprobs": "temperature",
-            "max_context": config.engine.max_context or config.rollout.max_prompt_tokens + config.rollout.max_tokens,
+            "max_context": config.engine.max_context or config.longest_sequence,
         }
     )
     runner = DeviceRunner(start.config, params, engine_layout(config), settings)

@@ -66,10 +66,9 @@ def open_start(config: RlConfig) -> Start:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("converted")
     checkpoint = open_checkpoint(location)
-    longest = config.rollout.max_prompt_tokens + config.rollout.max_tokens
-    if longest > checkpoint.config.max_context:
+    if config.longest_sequence > checkpoint.config.max_context:
         raise ValueError(
-            f"rollout.max_prompt_tokens + rollout.max_tokens = {longest} is beyond the "
+            f"max_prompt_tokens + max_tokens = {config.longest_sequence} is beyond the "
             f"{checkpoint.config.max_context} positions of {config.model}"
         )
     return Start(checkpoint.config, config.tokenizer or checkpoint.tokenizer_dir, checkpoint)
