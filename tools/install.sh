@@ -43,6 +43,13 @@ step 3 "install this package"
 "${pip[@]}" install --no-deps --no-build-isolation --editable . >>"$log" 2>&1 \
     || fail "pip failed: $(tail -n 1 "$log") (all of it: $log)"
 
+# Programs that a model writes run in bubblewrap; all else does without it.
+if ! command -v bwrap >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    echo "      install bubblewrap, the sandbox of rewards that run programs"
+    { apt-get update && apt-get install --yes --no-install-recommends bubblewrap; } >>"$log" 2>&1 || true
+fi
+command -v bwrap >/dev/null || echo "      without bubblewrap, rewards that run programs refuse to: sudo apt-get install bubblewrap"
+
 step 4 "check"
 .venv/bin/qwq-jax --version >>"$log" 2>&1 || fail "qwq-jax does not start (see $log)"
 echo "installed in $((SECONDS - started)) s"

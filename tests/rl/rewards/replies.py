@@ -1,10 +1,13 @@
 """Tasks and replies for tests of rewards, and a look at processes."""
 
+import functools
 import os
 import time
 from pathlib import Path
 
 from qwq_jax.chat import split_thinking
+from qwq_jax.config.rewards import CodeConfig, Isolation
+from qwq_jax.rl.rewards.sandbox import Enclosure
 from qwq_jax.rl.types import Reply, Task
 
 
@@ -60,5 +63,16 @@ def all_end(pids, seconds):
     return False
 
 
-def own_descendants():
-    return descendants(os.getpid())
+def own_descendants(before=()):
+    """Processes below this one, but for those that were there before."""
+    return {pid: start for pid, start in descendants(os.getpid()).items() if pid not in before}
+
+
+@functools.cache
+def isolation():
+    """A sandbox where there can be one, for tests that do not depend on it."""
+    try:
+        Enclosure.find(CodeConfig())
+    except ValueError:
+        return Isolation.NONE
+    return Isolation.BUBBLEWRAP

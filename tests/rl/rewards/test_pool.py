@@ -1,7 +1,6 @@
 """Worker processes: parallel, in order, killed when they hang, replaced when they die, and never left behind."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,16 +15,14 @@ from qwq_jax.config.rewards import (
     CustomConfig,
     ExactConfig,
     FormatConfig,
-    Isolation,
     MathConfig,
     RewardModelConfig,
 )
 from qwq_jax.rl.rewards.pool import PoolClosed, RewardPool
 from qwq_jax.rl.types import Score
-from tests.rl.rewards.replies import all_end, code, descendants, own_descendants, reply, task
+from tests.rl.rewards.replies import all_end, code, descendants, isolation, own_descendants, reply, task
 
 MINE = "tests.rl.rewards.verifiers"
-ISOLATION = Isolation.BUBBLEWRAP if shutil.which("bwrap") else Isolation.NONE
 
 
 def own(function, **fields):
@@ -114,7 +111,7 @@ def test_close_leaves_nothing():
     running = [pool.submit(task(), reply(what)) for what in ("child", "hang")]
     waiting = [pool.submit(task(), reply("x")) for _ in range(3)]
     time.sleep(0.5)
-    started = {pid: start for pid, start in own_descendants().items() if pid not in before}
+    started = own_descendants(before)
     assert len(started) >= 3  # two workers, and what one of them has started
     moment = time.monotonic()
     pool.close()
@@ -151,7 +148,7 @@ def test_what_cannot_be_made_is_said_at_the_start(function, message):
     before = own_descendants()
     with pytest.raises(ValueError, match=message):
         RewardPool([CustomConfig(function=function)], workers=2)
-    assert all_end({pid: start for pid, start in own_descendants().items() if pid not in before}, 2.0)
+    assert all_end(own_descendants(before), 2.0)
 
 
 def test_workers_are_counted_from_one():
@@ -167,7 +164,7 @@ def test_a_pool_of_nothing_but_a_reward_model():
 def test_math_and_code_side_by_side():
     configs = [
         MathConfig(sources=("math",)),
-        CodeConfig(sources=("code",), sandbox=ISOLATION, test_seconds=2.0),
+        CodeConfig(sources=("code",), sandbox=isolation(), test_seconds=2.0),
     ]
     with RewardPool(configs, workers=2) as pool:
         mathematics = task("math", answer="\\frac{1}{2}")
@@ -211,7 +208,7 @@ time.sleep(100)
 )
 def test_no_process_outlives_the_parent(number, trouble):
     """However it ends, and even while a verifier is stuck where no handler runs and a program loops in its sandbox."""
-    script = SCRIPT.format(sandbox=ISOLATION.value, trouble=trouble)
+    script = SCRIPT.format(sandbox=isolation().value, trouble=trouble)
     parent = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[3]
     )

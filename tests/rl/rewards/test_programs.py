@@ -1,11 +1,10 @@
 """Programs against their tests: what passes, what does not, and what tries to pass without being right."""
 
 import math
-import shutil
 
 import pytest
 
-from qwq_jax.config.rewards import CodeConfig, Isolation
+from qwq_jax.config.rewards import CodeConfig
 from qwq_jax.rl.rewards.coding import CodeReward
 from qwq_jax.rl.rewards.inside.plain_data import decode, encode
 from qwq_jax.rl.rewards.programs import (
@@ -17,16 +16,14 @@ from qwq_jax.rl.rewards.programs import (
     same_value,
 )
 from qwq_jax.rl.rewards.sandbox import Sandbox
-from tests.rl.rewards.replies import code, reply, task
+from tests.rl.rewards.replies import code, isolation, reply, task
 
 ADD = "def add(a, b):\n    return a + b"
 SUMS = [{"stdin": f"{n} {n}\n", "stdout": f"{2 * n}\n"} for n in range(5)]
 
 
 def made(**changes):
-    """In the sandbox where there is one; what is tested here does not depend on it."""
-    isolation = Isolation.BUBBLEWRAP if shutil.which("bwrap") else Isolation.NONE
-    return CodeReward(CodeConfig(**{"test_seconds": 3.0, "sandbox": isolation, "memory_mib": 256, **changes}))
+    return CodeReward(CodeConfig(**{"test_seconds": 3.0, "sandbox": isolation(), "memory_mib": 256, **changes}))
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +39,11 @@ def hurried():
 @pytest.fixture(scope="module")
 def partial():
     return made(partial=True)
+
+
+def half_slow(rows):
+    """Every second row among the slow tests: each takes a tenth of a second."""
+    return [pytest.param(*row, marks=pytest.mark.slow if index % 2 else ()) for index, row in enumerate(rows)]
 
 
 RIGHT = [
@@ -75,7 +77,7 @@ RIGHT = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("program", "tests"), RIGHT)
+@pytest.mark.parametrize(("program", "tests"), half_slow(RIGHT))
 def test_right_programs(reward, program, tests):
     score = reward.score(task(tests=tests), code(program))
     assert (score.value, score.correct) == (1.0, True), score
@@ -110,7 +112,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("program", "tests", "note"), WRONG)
+@pytest.mark.parametrize(("program", "tests", "note"), half_slow(WRONG))
 def test_wrong_programs(reward, hurried, program, tests, note):
     score = (hurried if "while True" in f"{program}{tests}" else reward).score(task(tests=tests), code(program))
     assert (score.value, score.correct) == (0.0, False)
@@ -135,7 +137,7 @@ def f(*a): return 0
     "names of builtins": """
 def abs(x): return 0
 def isinstance(*a): return True
-def len(x): return 7
+def any(x): return True
 def f(*a): return 0
 """,
     "a module of its own": """
@@ -185,7 +187,9 @@ EXPECTED = 7_346_581
 JUDGES = {
     "call": [{"call": "f", "args": [1, 2], "result": EXPECTED}],
     "assert": [f"import math\nassert f(1, 2) == {EXPECTED}"],
-    "close": [f"import math\nassert abs(f(1, 2) - {EXPECTED}) < 1 and math.isclose(f(1, 2), {EXPECTED})"],
+    "near": [f"assert abs(f(1, 2) - {EXPECTED}) < 1"],
+    "close": [f"import math\nassert math.isclose(f(1, 2), {EXPECTED})"],
+    "any": [f"assert any(value == {EXPECTED} for value in [f(1, 2)])"],
     "check": {"asserts": f"def check(candidate):\n    assert candidate(1, 2) == {EXPECTED}", "candidate": "f"},
     "contains": [f"assert {EXPECTED} in [f(1, 2)] and isinstance(f(1, 2), int)"],
     "not": [f"assert not f(1, 2) != {EXPECTED}"],

@@ -8,8 +8,11 @@ import os
 import platform
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +23,7 @@ from qwq_jax.rl.rewards.sandbox import Enclosure, Lost, Sandbox, Style
 from qwq_jax.rl.rewards.seccomp import _CALLS, call_filter
 from tests.rl.rewards.replies import all_end, descendants, own_descendants
 
+ROOT = Path(__file__).parents[3]
 CONFIG = CodeConfig(test_seconds=5.0, memory_mib=256, output_kib=64, scratch_mib=4, threads=8)
 # For programs that are to be stopped by time.
 HURRIED = CONFIG.model_copy(update={"test_seconds": 0.3})
@@ -68,10 +72,10 @@ def unfiltered(enclosure):
 
 def run(enclosure, program, stdin="", config=CONFIG):
     """The report on one run; everything that was started must be gone afterwards, within the bound."""
-    started = time.monotonic()
+    started, before = time.monotonic(), own_descendants()
     with Sandbox(enclosure, config) as sandbox:
         sandbox.ask({"do": "load", "program": program})
-        below = own_descendants()
+        below = own_descendants(before)
         try:
             report = sandbox.ask({"do": "run", "stdin": stdin})
         except Lost as lost:
@@ -116,13 +120,13 @@ while True:
     try: os.fork()
     except OSError: pass
 """
-    before = len(own_descendants())
+    before = own_descendants()
     with Sandbox(enclosure, HURRIED.model_copy(update={"test_seconds": 0.6})) as sandbox:
         sandbox.ask({"do": "load", "program": program})
         sandbox.send({"do": "run", "stdin": ""})
         time.sleep(0.3)
         # bubblewrap and its init, the supervisor, and one program.
-        assert len(own_descendants()) - before <= 4
+        assert len(own_descendants(before)) <= 4
         report = sandbox.receive(seconds=5)
     assert report["ended"] == "time"
     assert "not permitted" in report["output"] or report["output"] == ""
@@ -138,11 +142,12 @@ while True:
     try: os.fork()
     except OSError: time.sleep(0.01)
 """
+    before = own_descendants()
     with Sandbox(unfiltered(enclosure), CONFIG) as sandbox:
         sandbox.ask({"do": "load", "program": program})
         sandbox.send({"do": "run", "stdin": ""})
         time.sleep(0.5)
-        below = own_descendants()
+        below = own_descendants(before)
         assert 4 < len(below) <= CONFIG.threads + 6
     assert all_end(below, 2.0)
 
@@ -328,7 +333,7 @@ def test_reading_secrets(enclosure, tmp_path, monkeypatch):
     ]
     paths += ["/tmp", os.getcwd(), "/dev/mem", "/dev/kmsg", "/dev/sda", "/dev/vda", "/dev/tty", "/dev/pts", "/dev/fd/3"]
     found = outcomes(enclosure, "dict(os.environ)", *(f"open({path!r}, 'rb').read(100)" for path in paths))
-    assert secret not in found[0] and set(eval(found[0])) <= {"PWD", "LC_CTYPE", "LD_LIBRARY_PATH"}
+    assert secret not in found[0] and set(eval(found[0])) <= {"PWD", "LC_CTYPE", "LD_LIBRARY_PATH", "MALLOC_ARENA_MAX"}
     assert all(line.startswith("FileNotFoundError") for line in found[1:]), found
     tree = "sorted({name for place in ('/', '/dev', '/work', '/packages') for name in os.listdir(place)})"
     names = set(eval(outcomes(enclosure, tree)[0]))
@@ -342,6 +347,15 @@ def test_open_files_are_not_inherited(enclosure, tmp_path):
         program = "[number for number in range(3, 1000) if not os.set_inheritable(number, False)]"
         checks = "[n for n in range(3, 1000) if (lambda: ctypes.CDLL(None).fcntl(n, 1))() != -1]"
         assert outcomes(enclosure, checks, program) == ["[]", "OSError [Errno 9] Bad file descriptor"]
+
+
+def test_a_module_that_is_called_has_its_own_channel_only(enclosure):
+    program = "import ctypes\ndef f(): return [n for n in range(1000) if ctypes.CDLL(None).fcntl(n, 1) != -1]"
+    with Sandbox(enclosure, CONFIG) as sandbox:
+        sandbox.ask({"do": "load", "program": program})
+        handle = sandbox.ask({"do": "open"})["names"]["f"]["value"]
+        answer = sandbox.ask({"do": "ask", "question": {"call": handle, "args": [], "kwargs": {}}})
+    assert answer["value"] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -358,10 +372,10 @@ def test_open_files_are_not_inherited(enclosure, tmp_path):
 def test_killing_the_parent(enclosure, attack):
     """It may reach the sandbox it is in, which then is lost, but nothing outside: this process is still here."""
     program = f"import os, signal\ntry: {attack.format(outside=os.getpid())}\nexcept OSError as error: print(error)\n"
-    started = time.monotonic()
+    started, before = time.monotonic(), own_descendants()
     with Sandbox(enclosure, HURRIED) as sandbox:
         sandbox.ask({"do": "load", "program": program})
-        below = own_descendants()
+        below = own_descendants(before)
         with contextlib.suppress(Lost):
             sandbox.ask({"do": "run", "stdin": ""})
     assert all_end(below, 2.0)
@@ -464,22 +478,30 @@ def test_crashes_are_reports(enclosure):
         assert run(enclosure, program)["status"] == status, program
 
 
+HOLDER = """
+import time
+from qwq_jax.config.rewards import CodeConfig
+from qwq_jax.rl.rewards.sandbox import Enclosure, Sandbox, Style
+
+sandbox = Sandbox(Enclosure(Style.{style}, {bwrap!r}), CodeConfig(test_seconds=60.0))
+sandbox.ask({{"do": "load", "program": "while True: pass"}})
+sandbox.send({{"do": "run", "stdin": ""}})
+print("started", flush=True)
+time.sleep(100)
+"""
+
+
 def test_killing_this_process_kills_the_sandbox(enclosure):
-    """As the kernel does it, not we: a process in between is killed without a chance to clean up."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if not pid:
-        sandbox = Sandbox(enclosure, CONFIG)
-        sandbox.send({"do": "load", "program": "while True: pass"})
-        sandbox.send({"do": "run", "stdin": ""})
-        os.write(write, b"x")
-        time.sleep(100)
-        os._exit(0)
-    os.read(read, 1)
-    below = descendants(pid)
-    assert len(below) >= 2
-    os.kill(pid, 9)
-    os.waitpid(pid, 0)
+    """As the kernel does it: the process that has the sandbox is killed without a chance to clean up."""
+    script = HOLDER.format(style=enclosure.style.name, bwrap=enclosure.bwrap)
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"started\n"
+        time.sleep(0.2)
+        below = descendants(holder.pid)
+        assert len(below) >= 4
+        holder.kill()
+        holder.wait()
     assert all_end(below, 2.0)
 
 
@@ -536,7 +558,7 @@ class TestRefusal:
         config = CONFIG.model_copy(update={"sandbox": Isolation.NONE})
         enclosure = Enclosure.find(config)
         assert enclosure.style is Style.PLAIN
-        assert run(enclosure, "import os; print(sorted(os.environ))")["output"] == "['LC_CTYPE']\n"
+        assert run(enclosure, "import os; print(sorted(os.environ))")["output"] == "['LC_CTYPE', 'MALLOC_ARENA_MAX']\n"
         assert run(enclosure, "while True: pass", config=HURRIED)["ended"] == "time"
         assert run(enclosure, "x = bytearray(10 ** 10)")["note"].endswith("MemoryError\n")
         assert run(enclosure, "while True: print('x' * 1000)")["ended"] == "output"

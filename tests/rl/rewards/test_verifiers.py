@@ -110,8 +110,8 @@ def test_mathematics(mathematics, known, written, right):
     [
         "9^{9^{9^{9}}}",
         "9^9^9^9",
-        "(10^9)!",
-        "(" * 900 + "7" + ")" * 900,
+        pytest.param("(10^9)!", marks=pytest.mark.slow),
+        pytest.param("(" * 900 + "7" + ")" * 900, marks=pytest.mark.slow),
         "7" * 100_000,
         r"\frac" * 400,
     ],
