@@ -172,7 +172,7 @@ class FormatConfig(Frozen):
 
 
 class CodeConfig(Frozen):
-    """The program in the answer's last fenced block passes ``judge.tests``, in a sandbox; `programs.py` describes tests.
+    """The program in the answer's last fenced block passes ``judge.tests``, in a sandbox; see `programs.py`.
 
     Attributes:
         seconds: Wall-clock time for all tests of one program.
