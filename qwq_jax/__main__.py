@@ -20,8 +20,9 @@ from qwq_jax import __version__
 from qwq_jax.config.evaluate import EvaluateConfig, load_rewards, read_ks
 from qwq_jax.config.inference import CHAT_SAMPLING, InferenceConfig
 from qwq_jax.config.load import build, load_toml
-from qwq_jax.config.tasks import parse_source
+from qwq_jax.config.preference import PreferenceConfig
 from qwq_jax.config.rl import RlConfig
+from qwq_jax.config.tasks import parse_source
 from qwq_jax.config.train import SftConfig
 from qwq_jax.interrupt import EXIT_INTERRUPTED, Interrupted
 
@@ -244,6 +245,40 @@ def sft(
 
     runtime.start(simulate_devices=simulate_devices, distributed=distributed)
     job.sft(settings)
+
+
+@app.command(epilog="Example: `qwq-jax dpo configs/rl/tiny_dpo.toml --set dpo.beta=0.05`")
+def dpo(
+    config: Annotated[Path, typer.Argument(help="TOML file of the run, with a table dpo.")],
+    overrides: Set = None,
+    simulate_devices: SimulateDevices = None,
+    distributed: Distributed = False,
+) -> None:
+    """Train a policy on pairs of replies of which one is preferred; the same command goes on after a stop."""
+    settings = load_toml(config, PreferenceConfig, overrides or ())
+
+    from qwq_jax import runtime
+    from qwq_jax.jobs import preference as job
+
+    runtime.start(simulate_devices=simulate_devices, distributed=distributed)
+    job.dpo(settings)
+
+
+@app.command(epilog="Example: `qwq-jax reward-model configs/rl/tiny_reward_model.toml --set steps=50`")
+def reward_model(
+    config: Annotated[Path, typer.Argument(help="TOML file of the run, with a table reward_model.")],
+    overrides: Set = None,
+    simulate_devices: SimulateDevices = None,
+    distributed: Distributed = False,
+) -> None:
+    """Train a model that scores replies on such pairs; the same command goes on after a stop."""
+    settings = load_toml(config, PreferenceConfig, overrides or ())
+
+    from qwq_jax import runtime
+    from qwq_jax.jobs import preference as job
+
+    runtime.start(simulate_devices=simulate_devices, distributed=distributed)
+    job.reward_model(settings)
 
 
 @app.command(epilog="Example: `qwq-jax rl configs/rl/tiny_grpo.toml --set steps=50`")

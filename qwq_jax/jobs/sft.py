@@ -10,10 +10,8 @@
       adapter-000800/        with `lora`: the adapters alone, as PEFT has them
 """
 
-import hashlib
-import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -23,19 +21,27 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qwq_jax.chat import ChatTokenizer
-from qwq_jax.checkpoint.directory import explained, open_directory, sole_writer
+from qwq_jax.checkpoint.directory import explained, sole_writer
 from qwq_jax.checkpoint.peft import export_adapter
-from qwq_jax.checkpoint.store import MARKER, Checkpoint, open_checkpoint
+from qwq_jax.checkpoint.store import Checkpoint
 from qwq_jax.checkpoint.train_store import TrainStore
 from qwq_jax.config.load import load_toml
 from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.train import SftConfig
 from qwq_jax.interrupt import Interrupted, StopRequested
-from qwq_jax.jobs.convert import convert
+from qwq_jax.jobs.fine_tuning import (
+    check_model,
+    check_output,
+    check_tokens,
+    final_state,
+    fingerprint,
+    initial_checkpoint,
+    progress_bar,
+    reporter,
+    write_model,
+)
 from qwq_jax.model.lora import num_adapter_parameters, random_adapters
 from qwq_jax.runtime import default_compute_dtype
 from qwq_jax.sft.data import Examples, read_examples
@@ -53,10 +59,8 @@ from qwq_jax.train.weights import (
     abstract_adapters,
     abstract_params,
     checkpoint_weights,
-    companion_files,
     merged_weights,
     random_weights,
-    write_checkpoint,
 )
 
 LOG = logging.getLogger(__name__)
@@ -120,7 +124,7 @@ def sft(config: SftConfig) -> SftReport:
 def train(config: SftConfig) -> SftReport:
     """The run from its start, or from where it stopped, to its end; `compute_dtype` is decided."""
     layout = train_layout(make_mesh(config.mesh))
-    check_output(config.output_dir)
+    check_output(config.output_dir, OUTPUTS)
     output = epath.Path(config.output_dir)
     start = open_start(config)
     tokenizer = ChatTokenizer.from_directory(start.tokenizer_dir)
@@ -129,8 +133,9 @@ def train(config: SftConfig) -> SftReport:
     )
     examples = read([Path(path) for path in config.train_files])
     held_out = read([Path(path) for path in config.eval_files]) if config.eval_files else None
-    check_model(config, start.config)
-    check_tokens(start.config, [examples, held_out] if held_out else [examples], tokenizer=start.tokenizer_dir)
+    check_model(start.config, name=config.model, sequence_length=config.sequence_length, dtype=config.final_dtype)
+    segments = [*examples.segments, *(held_out.segments if held_out else ())]
+    check_tokens(start.config, segments, tokenizer=start.tokenizer_dir)
     describe(config, start.config, examples, held_out)
 
     schedule = make_schedule(config.optimizer, steps=config.steps)
@@ -172,28 +177,12 @@ def train(config: SftConfig) -> SftReport:
     return finish(config, start, outcome.state, frozen=frozen, store=store, target=target)
 
 
-def check_output(directory: str) -> None:
-    """Raises a ValueError if the directory cannot be looked into, or holds something and nothing of a run."""
-    with explained(f"cannot write {directory}"):
-        children = open_directory(directory).children()
-    if children and children.isdisjoint(OUTPUTS):
-        raise ValueError(f"{directory} holds something else; give an empty or new directory")
-
-
 def open_start(config: SftConfig) -> Start:
     """Finds architecture, tokenizer and weights; a Hugging Face directory is converted into the output directory."""
     if config.model.endswith(".toml"):
         assert config.tokenizer is not None, "the config requires it"
         return Start(load_toml(config.model, ModelConfig), config.tokenizer, None)
-    location = config.model
-    if MARKER not in open_directory(location).children():
-        location = f"{config.output_dir}/initial"
-        if jax.process_index() == 0:
-            LOG.info("converting %s", config.model)
-            convert(config.model, location)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("converted")
-    checkpoint = open_checkpoint(location)
+    checkpoint = initial_checkpoint(config.model, output_dir=config.output_dir)
     tokenizer = config.tokenizer or checkpoint.tokenizer_dir
     return Start(checkpoint.config, tokenizer, checkpoint if config.init == "pretrained" else None)
 
@@ -217,25 +206,6 @@ def initial_weights(config: SftConfig, start: Start, layout: Layout) -> Params:
     if start.checkpoint is None:
         return random_weights(start.config, seed=config.seed, dtype=config.param_dtype, layout=layout)
     return checkpoint_weights(start.checkpoint, dtype=config.param_dtype, layout=layout)
-
-
-def check_model(config: SftConfig, model: ModelConfig) -> None:
-    """Raises a ValueError if the model cannot be trained so, or could not be written down afterwards."""
-    if config.sequence_length > model.max_context:
-        raise ValueError(
-            f"sequence_length {config.sequence_length} is beyond the {model.max_context} positions of {config.model}"
-        )
-    try:
-        model.to_huggingface(config.final_dtype)
-    except ValueError as error:
-        raise ValueError(f"{config.model}: {error}") from None
-
-
-def check_tokens(config: ModelConfig, data: Iterable[Examples], *, tokenizer: str) -> None:
-    """Raises a ValueError if a token has no row in the embedding."""
-    largest = max(int(segment.tokens.max()) for examples in data for segment in examples.segments)
-    if largest >= config.vocab_size:
-        raise ValueError(f"{tokenizer}: token {largest} lies outside the model's vocabulary of {config.vocab_size}")
 
 
 def make_loss(config: SftConfig, model: ModelConfig, layout: Layout) -> Loss:
@@ -268,6 +238,7 @@ def run_identity(config: SftConfig, start: Start, train: Examples, held_out: Exa
     settings = config.model_dump(mode="json", include=IDENTITY)
     if config.lora is not None:
         # The checkpoints of the run do not hold the frozen weights: each part of it reads them anew.
+        assert start.checkpoint is not None, "the config requires one with lora"
         settings |= {"lora": config.lora.model_dump(mode="json"), "frozen_weights": fingerprint(start.checkpoint)}
     return {
         **settings,
@@ -275,13 +246,6 @@ def run_identity(config: SftConfig, start: Start, train: Examples, held_out: Exa
         "train_data": train.fingerprint(),
         "held_out_data": held_out.fingerprint() if held_out else None,  # its loss ranks the checkpoints
     }
-
-
-def fingerprint(checkpoint: Checkpoint | None) -> str:
-    """Hash of the weights of a checkpoint."""
-    assert checkpoint is not None, "the config requires one with lora"
-    weights = [(record.path, record.stored_sha256) for record in checkpoint.manifest.tensors]
-    return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
 
 
 def make_evaluate(
@@ -310,12 +274,7 @@ def finish(
 ) -> SftReport:
     """Writes the final weights as a checkpoint, adapters by themselves; `target` describes a state."""
     last = int(state.step)
-    chosen = store.best_step() if config.final == "best" else last
-    assert chosen is not None, "the last step is always evaluated"
-    if chosen != last:
-        # One state at a time: there may not be room for two.
-        jax.tree.map(lambda x: x.delete(), state)
-        state = store.restore(chosen, target)
+    chosen, state = final_state(state, final=config.final, store=store, target=target)
     params, adapter, model = state.params, None, None
     if config.lora is not None:
         assert frozen is not None and start.checkpoint is not None
@@ -325,14 +284,13 @@ def finish(
         params = merged_weights(frozen, params, config.lora) if config.merge_adapters else None
     if params is not None:
         model = f"{config.output_dir}/model-{chosen:06d}"
-        identity = json.dumps([run_identity_of(store, chosen), chosen, config.final_dtype], sort_keys=True)
-        write_checkpoint(
+        write_model(
             model,
             params,
             start.config,
             dtype=config.final_dtype,
-            files=companion_files(start.tokenizer_dir),
-            identity=hashlib.sha256(identity.encode()).hexdigest(),
+            tokenizer_dir=start.tokenizer_dir,
+            made_by=[run_identity_of(store, chosen), chosen, config.final_dtype],
             origin=f"qwq-jax sft of {config.model}, step {chosen}",
         )
     made = [f"the model is {model}"] * (model is not None) + [f"the adapter is {adapter}"] * (adapter is not None)
@@ -365,29 +323,3 @@ def describe(config: SftConfig, model: ModelConfig, train: Examples, held_out: E
     )
     if held_out is not None:
         LOG.info("held out: %d sequences, %d trained tokens", len(held_out.segments), held_out.trained_tokens)
-
-
-def progress_bar() -> Progress:
-    """Steps, loss, tokens a second, time left; nothing on the processes but the first."""
-    return Progress(
-        TextColumn("step"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        disable=jax.process_index() != 0,
-    )
-
-
-def reporter(progress: Progress, *, done: int, steps: int) -> Callable[[int, Mapping[str, float]], None]:
-    """Builds the callback that shows a step, and logs those with a held-out loss."""
-    task = progress.add_task("", total=steps, completed=done)
-
-    def report(step: int, values: Mapping[str, float]) -> None:
-        text = f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tokens/s"
-        progress.update(task, completed=step, description=text)
-        if "eval_loss" in values and jax.process_index() == 0:
-            progress.console.print(f"step {step}/{steps}  {text}  held-out loss {values['eval_loss']:.4f}")
-
-    return report
