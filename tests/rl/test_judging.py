@@ -19,13 +19,14 @@ from qwq_jax.rl.types import Reply, Score, Task
 from tests.rl.scripted import make_completion, make_prompt
 
 MODEL = Path(__file__).parents[2] / "qwq_jax" / "embedded" / "tiny-reasoner"
+EXACT = (ExactConfig(),)
 REPLY = Reply("a", None, "a", 2)
 
 
 class Pool:
     """Scores at once: the length of the text, right if it is "a"; keeps what it was asked."""
 
-    def __init__(self, configs=(ExactConfig(),)):
+    def __init__(self, configs=EXACT):
         self.configs = configs
         self.asked = []
 
