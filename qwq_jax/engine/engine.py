@@ -137,8 +137,13 @@ class Engine:
         """
         if self.busy:
             raise ValueError("weights cannot be replaced while requests are being answered")
-        self._scheduler.forget_pages()
+        self.forget_pages()
         self.runner.replace_weights(params)
+
+    def forget_pages(self) -> None:
+        """Forget what is in the cache: from now on, answers are to the last bit those of a new engine."""
+        assert not self.busy, "requests are being answered"
+        self._scheduler.forget_pages()
 
     def check(self, request: Request) -> None:
         """Raise ValueError if this request can never be served."""

@@ -160,6 +160,8 @@ class Trainer:
         if self.hands.stopping():
             return None
         self.hands.phase("rollout")
+        # A resumed run has not just evaluated: beginnings of prompts found in the cache would be rounded differently.
+        self.engine.forget_pages()
         refill = self.learning.objective.uninformative_groups == "refill"
         return self.rollouts.batch(self.order, cursor, step=step, refill=refill, stopping=self.hands.stopping)
 

@@ -31,9 +31,11 @@ class MetricsLog:
         self.path = self._local / METRICS
         if self._copies and (self._target / METRICS).exists():
             self.path.write_bytes((self._target / METRICS).read_bytes())
-        truncate_records(self.path, last_step=resume_step)
+        # A run may measure something before its first step, as step 0.
+        last_step = resume_step or -1
+        truncate_records(self.path, last_step=last_step)
         self._file = self.path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(self._local / "tensorboard"), purge_step=resume_step + 1)
+        self._events = SummaryWriter(str(self._local / "tensorboard"), purge_step=last_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds one record."""

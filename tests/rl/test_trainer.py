@@ -39,6 +39,9 @@ class Notes:
     def replace_weights(self, params):
         self.events.append(("weights", params))
 
+    def forget_pages(self):
+        self.events.append(("forget",))
+
     # Rollouts.
     def batch(self, order, cursor, *, step, refill, stopping):
         self.events.append(("draw", step, cursor, refill))
@@ -99,6 +102,7 @@ def test_a_step_is_drawn_learnt_synced_evaluated_written_and_saved():
         ("weights", "weights of []"),
         ("evaluate", 0),
         ("write", 0),
+        ("forget",),
         ("draw", 1, 0, False),
         ("learn", 1, ("groups 0",)),
         ("weights", "weights of [('groups 0',)]"),
@@ -106,6 +110,7 @@ def test_a_step_is_drawn_learnt_synced_evaluated_written_and_saved():
         ("write", 1),
         ("flush",),
         ("save", 1),
+        ("forget",),
         ("draw", 2, 3, False),
         ("learn", 2, ("groups 3",)),
         ("weights", "weights of [('groups 0',), ('groups 3',)]"),

@@ -39,7 +39,8 @@ MODEL = ModelConfig(
     rms_norm_eps=1e-6,
     tie_word_embeddings=False,
     max_position_embeddings=256,
-    eos_token_ids=(END,),
+    # Many, so that replies of random weights have an end.
+    eos_token_ids=(END, *range(0, 256, 16)),
 )
 PROMPT, COMPLETION = 24, 16
 

@@ -44,6 +44,11 @@ def test_a_new_run_starts_an_empty_file(tmp_path):
     assert [record["step"] for record in read_records(write(tmp_path, [1]))] == [1]
 
 
+def test_a_run_killed_before_its_first_checkpoint_says_once_what_was_there_before_it(tmp_path):
+    write(tmp_path, range(0, 3))
+    assert [record["step"] for record in read_records(write(tmp_path, range(0, 2)))] == [0, 1]
+
+
 def test_in_a_bucket_the_files_are_copied_at_every_flush(tmp_path, monkeypatch):
     bucket = tmp_path / "bucket"
     real = metrics.epath.Path
