@@ -1,7 +1,7 @@
 """A run of six short steps in which all that a resume has to restore is at work, and whether two runs are the same.
 
-Batches are refilled (DAPO), divided into two updates and gone over twice, so that steps, updates and the position in the
-prompts all differ; passes over the tasks end within steps; held-out prompts begin like those of training, and are
+Batches are refilled (DAPO), divided into two updates and gone over twice, so that steps, updates and the position in
+the prompts all differ; passes over the tasks end within steps; held-out prompts begin like those of training, and are
 answered after every step.
 """
 
@@ -83,10 +83,10 @@ warmup_steps = 2
     return path
 
 
-def order(recipe: Path, output: Path, *options: str, **moment: Any) -> Order:
+def order(recipe: Path, output: Path, *options: str, notes: str = "", **moment: Any) -> Order:
     """To run the recipe into a directory; `moment` says when to die of what."""
     arguments = ("rl", str(recipe), "--set", f"output_dir={output}", *options)
-    return Order(arguments, f"{output}.notes", **moment)
+    return Order(arguments, notes or f"{output}.notes", **moment)
 
 
 def without_times(output: Path) -> list[dict[str, float]]:
@@ -102,10 +102,10 @@ def stored_state(output: Path, step: int = STEPS) -> dict[str, np.ndarray]:
         return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
 
 
-def draws(output: Path) -> dict[int, dict[str, Any]]:
+def draws(output: Path, suffix: str = "") -> dict[int, dict[str, Any]]:
     """What each step drew; one that was done again drew the same again."""
     found: dict[int, dict[str, Any]] = {}
-    for line in Path(f"{output}.notes").read_text().splitlines():
+    for line in Path(f"{output}.notes{suffix}").read_text().splitlines():
         draw = json.loads(line)
         assert found.setdefault(draw["step"], draw) == draw, f"step {draw['step']} drew something else"
     return found
@@ -115,9 +115,9 @@ def evaluations(output: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((output / "evaluations").iterdir())}
 
 
-def assert_same_run(left: Path, right: Path, *, steps: int = STEPS) -> None:
+def assert_same_run(left: Path, right: Path, *, steps: int = STEPS, notes: str = "") -> None:
     """Bitwise: prompts, tokens and log-probabilities, metrics but for times, parameters, optimizer and position."""
-    drawn = draws(left), draws(right)
+    drawn = draws(left, notes), draws(right, notes)
     assert list(drawn[0]) == list(range(1, steps + 1)) and drawn[0] == drawn[1]
     assert without_times(left) == without_times(right)
     assert [record["step"] for record in without_times(left)] == list(range(steps + 1))

@@ -109,17 +109,19 @@ class Moments:
 
         Trainer._draw = numbered
 
-    def note_draws(self, notes: Path) -> None:
-        draw = Rollouts.batch
 
-        def noted(rollouts: Any, order: Any, cursor: int, *, step: int, **options: Any) -> Any:
-            batch = draw(rollouts, order, cursor, step=step, **options)
-            if batch is not None:
-                with notes.open("a") as file:
-                    file.write(json.dumps(drawn(step, cursor, batch)) + "\n")
-            return batch
+def noting(notes: Path) -> Callable[..., Any]:
+    """`Rollouts.batch`, which writes down what it draws."""
+    draw = Rollouts.batch
 
-        Rollouts.batch = noted
+    def noted(rollouts: Any, order: Any, cursor: int, *, step: int, **options: Any) -> Any:
+        batch = draw(rollouts, order, cursor, step=step, **options)
+        if batch is not None:
+            with notes.open("a") as file:
+                file.write(json.dumps(drawn(step, cursor, batch)) + "\n")
+        return batch
+
+    return noted
 
 
 def drawn(step: int, cursor: int, batch: Any) -> dict[str, Any]:
@@ -139,7 +141,7 @@ def install(order: Order) -> Moments:
     """Watches everything of one run of this process."""
     moments = Moments(order)
     moments.number_steps()
-    moments.note_draws(Path(order.notes))
+    Rollouts.batch = noting(Path(order.notes))
     watched: list[tuple[Any, str, str]] = [
         (Engine, "step", "rollout"),
         (SharedJudge, "submit", "reward"),
