@@ -73,6 +73,7 @@ JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 # Imports inside a function: of packages that may be absent, at the edge that needs them.
 OPTIONAL = {
     "rl/rewards/": {"math_verify", "reasoning_gym"},
+    "rl/tasks.py": {"reasoning_gym"},
     "checkpoint/gguf.py": {"gguf"},
 }
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manager", "core", "tools"}

@@ -15,6 +15,7 @@
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -34,13 +35,14 @@ from qwq_jax.engine.engine import Engine
 from qwq_jax.engine.runner import DeviceRunner
 from qwq_jax.interrupt import Interrupted, StopRequested
 from qwq_jax.jobs.rl_end import finish
-from qwq_jax.jobs.rl_start import Start, make_optimizers, make_policy, make_state, open_start, reward_scorers
+from qwq_jax.jobs.rl_start import Start, make_policy, make_state, open_start, reward_scorers
 from qwq_jax.processes import Peers
 from qwq_jax.rl.dashboard import Dashboard
 from qwq_jax.rl.heldout import HeldOut
 from qwq_jax.rl.judging import SharedJudge
+from qwq_jax.rl.optimizers import make_optimizers
 from qwq_jax.rl.policy import LearnConfig
-from qwq_jax.rl.prompts import PromptOrder, make_prompts, select
+from qwq_jax.rl.prompts import Prompt, PromptOrder, make_prompts, select
 from qwq_jax.rl.rewards.graded import check_task
 from qwq_jax.rl.rewards.pool import RewardPool
 from qwq_jax.rl.rollout import Rollouts
@@ -118,22 +120,14 @@ def train(config: RlConfig) -> RlReport:
     state, target = make_state(config, start, layout, optimizers, store=store, step=step)
     policy = make_policy(config, start, layout, optimizers, target=target)
     cursor = store.record(step)["cursor"] if step else 0
-    LOG.info(
-        "%d tasks, %d held out; %d steps of %d prompts x %d completions, %s",
-        len(prompts),
-        len(tasks.held_out),
-        config.last_step,
-        config.rollout.prompts_per_step,
-        config.rollout.group_size,
-        f"going on after step {step}" if step else f"into {output}",
-    )
+    LOG.info("%s, %s", describe(config, tasks, prompts), f"going on after step {step}" if step else f"into {output}")
     with ExitStack() as resources:
         resources.enter_context(explained(f"cannot write {output}"))
         log = resources.enter_context(MetricsLog(output, resume_step=step)) if jax.process_index() == 0 else None
         pool = resources.enter_context(RewardPool(config.rewards, workers=config.reward_workers))
         stop = resources.enter_context(StopRequested())
         peers = resources.enter_context(Peers.meet(stop))
-        judge = SharedJudge(config.rewards, pool, reward_scorers(config, layout), tokenizer)
+        judge = SharedJudge(config.rewards, pool, reward_scorers(config, tokenizer, policy.rows), tokenizer)
         engine = make_engine(config, start, policy.engine_params(state))
         rollouts = Rollouts(engine, tokenizer, judge, config.rollout)
         evaluate = make_evaluation(config, tasks, tokenizer, rollouts, output) if tasks.held_out else None
@@ -161,6 +155,12 @@ def train(config: RlConfig) -> RlReport:
     return report_of(
         config, outcome, finish(config, start, policy, outcome, store=store, target=target, tasks=tasks.held_out)
     )
+
+
+def describe(config: RlConfig, tasks: Tasks, prompts: Sequence[Prompt]) -> str:
+    """What is about to happen."""
+    batch = f"{config.rollout.prompts_per_step} prompts x {config.rollout.group_size} completions"
+    return f"{len(prompts)} tasks, {len(tasks.held_out)} held out; {config.last_step} steps of {batch}"
 
 
 def report_of(config: RlConfig, outcome: Outcome, made: dict[str, str | None]) -> RlReport:

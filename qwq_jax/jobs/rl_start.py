@@ -1,28 +1,28 @@
 """How a run of reinforcement learning begins: weights, optimizer state, and the functions of the policy."""
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import jax
-import optax
 from jax.experimental import multihost_utils
 
+from qwq_jax.chat import ChatTokenizer
 from qwq_jax.checkpoint.directory import explained, open_directory
 from qwq_jax.checkpoint.store import MARKER, Checkpoint, open_checkpoint
 from qwq_jax.checkpoint.train_store import TrainStore
 from qwq_jax.config.model import ModelConfig
+from qwq_jax.config.rewards import reward_name
 from qwq_jax.config.rl import RlConfig
 from qwq_jax.jobs.convert import convert
 from qwq_jax.model.lora import random_adapters
 from qwq_jax.rl.critic import UNUSED, abstract_value_head, make_critic, split_decoder, value_head
 from qwq_jax.rl.judging import ModelScorer
 from qwq_jax.rl.learner import ForwardConfig, Rows, forward, make_policy_loss, make_scorer, make_sync, make_updater
+from qwq_jax.rl.optimizers import Optimizers
 from qwq_jax.rl.policy import Policy, RlState
+from qwq_jax.rl.reward_model import RewardModelScorer
 from qwq_jax.sharding import Layout, decode_layout, make_mesh
 from qwq_jax.train.metrics import METRICS
-from qwq_jax.train.optimizer import make_optimizer, make_schedule
 from qwq_jax.train.state import Params, abstract_state, init_state
 from qwq_jax.train.weights import abstract_adapters, abstract_params, checkpoint_weights
 
@@ -72,25 +72,6 @@ def open_start(config: RlConfig) -> Start:
             f"{checkpoint.config.max_context} positions of {config.model}"
         )
     return Start(checkpoint.config, config.tokenizer or checkpoint.tokenizer_dir, checkpoint)
-
-
-@dataclass(frozen=True)
-class Optimizers:
-    """What moves the policy and the critic, with the learning rate of the policy by updates done before."""
-
-    policy: optax.GradientTransformation
-    critic: optax.GradientTransformation | None
-    schedule: optax.Schedule
-
-
-def make_optimizers(config: RlConfig) -> Optimizers:
-    """The optimizers of a run."""
-    schedule, critic = make_schedule(config.optimizer, steps=config.updates), config.critic_or_default
-    return Optimizers(
-        make_optimizer(config.optimizer, schedule=schedule),
-        critic and make_optimizer(critic.optimizer, schedule=make_schedule(critic.optimizer, steps=config.updates)),
-        schedule,
-    )
 
 
 def make_state(
@@ -183,9 +164,14 @@ def _frozen_of_critic(config: RlConfig, start: Start, layout: Layout, fixed: Par
     return split_decoder(weights)[1]
 
 
-def reward_scorers(config: RlConfig, layout: Layout) -> Mapping[str, ModelScorer]:
-    """The reward models of a run, by the names of their rewards."""
-    found: dict[str, Any] = {}
-    if config.reward_models:
-        raise NotImplementedError
-    return found
+def reward_scorers(config: RlConfig, tokenizer: ChatTokenizer, rows: Rows) -> dict[str, ModelScorer]:
+    """The reward models of a run, by the names of their rewards.
+
+    Raises:
+        ValueError: One cannot score the replies of this policy.
+    """
+    assert config.compute_dtype is not None
+    return {
+        reward_name(reward): RewardModelScorer.open(reward, rows, policy=tokenizer, compute_dtype=config.compute_dtype)
+        for reward in config.reward_models
+    }
