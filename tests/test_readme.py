@@ -14,6 +14,7 @@ from qwq_jax.__main__ import app
 from qwq_jax.config.constraint import CONSTRAINT_FIELDS
 from qwq_jax.config.inference import InferenceConfig
 from qwq_jax.config.load import build, load_toml
+from qwq_jax.config.rl import RlConfig
 from qwq_jax.config.sampling import SamplingParams
 from qwq_jax.config.train import SftConfig
 from qwq_jax.jobs.batch_file import PromptLine, parse_line
@@ -32,7 +33,7 @@ COMMANDS = [line for block in blocks("bash") for line in block.strip().splitline
 
 def test_there_are_commands():
     verbs = {shlex.split(line)[1] for line in COMMANDS if line.startswith("qwq-jax ")}
-    assert {"convert", "export", "generate", "chat", "serve", "warm-up", "sft"} <= verbs
+    assert {"convert", "export", "generate", "chat", "serve", "warm-up", "sft", "rl", "eval"} <= verbs
 
 
 def build_settings(verb: str, given: dict[str, Any]) -> None:
@@ -40,6 +41,8 @@ def build_settings(verb: str, given: dict[str, Any]) -> None:
     overrides = given.get("overrides") or ()
     if verb == "sft":
         load_toml(ROOT / given["config"], SftConfig, overrides)
+    elif verb == "rl":
+        load_toml(ROOT / given["config"], RlConfig, overrides)
     elif "overrides" in given:
         build(InferenceConfig, {}, overrides, source="settings")
 
