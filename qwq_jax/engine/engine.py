@@ -129,6 +129,11 @@ class Engine:
         self.runner.warm_up(programs, lambda done: progress(done, len(programs)))
         return len(programs)
 
+    def release(self) -> None:
+        """Leave the devices' memory of weights and cache to others; `replace_weights` comes before the next request."""
+        self.forget_pages()
+        self.runner.release()
+
     def replace_weights(self, params: Any) -> None:
         """Answer with other weights from now on, of the same shapes, types and places; forgets what is in the cache.
 

@@ -18,7 +18,7 @@ from qwq_jax.engine.pages import pages_for
 from qwq_jax.engine.program import Carry, Outcome, Step
 from qwq_jax.engine.step import Draws, EngineShape, Program, StepPlan, StepResult
 from qwq_jax.model.attention import target_of
-from qwq_jax.model.cache import abstract_layer, allocate_cache, cache_spec
+from qwq_jax.model.cache import abstract_layer, cache_maker, cache_spec
 from qwq_jax.model.params import Params, bind, fuse_attention
 from qwq_jax.model.spec import model_spec
 from qwq_jax.sampling import Sampled
@@ -54,11 +54,13 @@ class DeviceRunner:
         # Products of one row are too small for a CPU's cores; a TPU's are bound by memory either way.
         fuses = weights is None and layout.size("heads") == 1 and target_of(layout).platform == "cpu"
         self._prepare = partial(fuse_attention, num_layers=model.num_layers) if fuses else dict
-        self._params = self._prepare(params)
+        self._params: Params | None = self._prepare(params)
+        self._described = _described(self._params)
         self._layout = layout
         self._dtype = jnp.dtype(config.compute_dtype)
         self._weights = weights
-        self._cache: Any = allocate_cache(_cache_spec(model, layout, config, self.shape.num_pages), layout)
+        self._new_cache = cache_maker(_cache_spec(model, layout, config, self.shape.num_pages), layout)
+        self._cache: Any = self._new_cache()
         self._carry = _empty_carry(self.shape, layout)
         self._programs: dict[Program, Any] = {}
 
@@ -81,12 +83,17 @@ class DeviceRunner:
         outcome = jax.device_get(ticket)
         return StepResult(_draws(outcome.decode), *(drawn and _draws(drawn) for drawn in outcome[1:]))
 
+    def release(self) -> None:
+        """Leave the memory of weights and cache to others until `replace_weights`; the programs stay."""
+        self._params = self._cache = None
+
     def replace_weights(self, params: Params) -> None:
         """Work with these from the next step on; the programs stay, so shapes, types and places must too."""
-        described = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)  # noqa: E731
         params = self._prepare(params)
-        assert described(params) == described(self._params), "other shapes, types or places"
+        assert _described(params) == self._described, "other shapes, types or places"
         self._params = params
+        if self._cache is None:
+            self._cache = self._new_cache()
 
     def warm_up(self, programs: Iterable[Program], progress: Callable[[int], None] = lambda done: None) -> None:
         """Compile programs ahead of need; `progress` is told how many are ready."""
@@ -188,6 +195,10 @@ def _empty_carry(shape: EngineShape, layout: Layout) -> Carry:
     zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), _carry_spec(shape))  # noqa: E731
     sharding = layout.sharding(("replica", None))
     return jax.jit(zeros, out_shardings=Carry(sharding, sharding))()  # pyright: ignore
+
+
+def _described(params: Params) -> dict[str, Any]:
+    return {path: (x.shape, x.dtype, x.sharding) for path, x in params.items()}
 
 
 def _draws(drawn: Sampled) -> Draws:

@@ -213,6 +213,10 @@ class Runner(Protocol):
         """Compile programs ahead of need; `progress` is told how many are ready."""
         ...
 
+    def release(self) -> None:
+        """Leave the memory of weights and cache to others until `replace_weights`."""
+        ...
+
     def replace_weights(self, params: Any) -> None:
         """Compute with these from the next step on."""
         ...

@@ -1,7 +1,7 @@
 """The paged KV cache: one pool of pages a replica and layer."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,9 +71,14 @@ def abstract_layer(spec: CacheSpec, layout: Layout) -> Any:
 
 def allocate_cache(spec: CacheSpec, layout: Layout) -> Sequence[PagedLayer]:
     """Zeroed pages, each device making its own part. One entry a layer."""
+    return cache_maker(spec, layout)()
+
+
+def cache_maker(spec: CacheSpec, layout: Layout) -> Callable[[], Sequence[PagedLayer]]:
+    """Builds what `allocate_cache` does, for those who do it often: it is compiled once."""
     layer = abstract_layer(spec, layout)
     zeros = jax.jit(
         lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), layer),
         out_shardings=jax.tree.map(lambda x: x.sharding, layer),
     )
-    return tuple(zeros() for _ in range(spec.num_layers))
+    return lambda: tuple(zeros() for _ in range(spec.num_layers))

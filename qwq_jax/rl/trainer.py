@@ -127,11 +127,9 @@ class Trainer:
             step: Steps taken before.
             cursor: The number of the next prompt.
         """
-        clock = Clock(self.hands.phase)
-        with clock.at("sync"):
-            self.engine.replace_weights(self.policy.engine_params(state))
+        self._sync(state, Clock(self.hands.phase))
         if step == 0 and self.evaluate is not None:
-            with clock.at("evaluation"):
+            with Clock(self.hands.phase).at("evaluation"):
                 self._write(0, self.evaluate(0))
         while step < self.plan.steps:
             clock = Clock(self.hands.phase)
@@ -141,8 +139,7 @@ class Trainer:
                 break
             step, cursor = step + 1, batch.cursor
             state, record = self._learn(state, batch, clock, step)
-            with clock.at("sync"):
-                self.engine.replace_weights(self.policy.engine_params(state))
+            self._sync(state, clock)
             record |= self._evaluated(step, clock)
             clock.seconds |= batch.seconds
             elapsed = time.perf_counter() - began
@@ -167,9 +164,15 @@ class Trainer:
 
     def _learn(self, state: RlState, batch: Batch, clock: Clock, step: int) -> tuple[RlState, dict[str, float]]:
         rate = float(self.learning_rate(state.updates))
+        self.engine.release()  # gradients and activations take the place of weights and cache
         with clock.at("update"):
             state, record = self.policy.learn(state, batch.groups, self.learning, step=step)
         return state, record | {"learning_rate": rate, "drawn_groups": float(batch.drawn_groups)}
+
+    def _sync(self, state: RlState, clock: Clock) -> None:
+        with clock.at("sync"):
+            self.engine.release()  # of old and new weights only one has room
+            self.engine.replace_weights(self.policy.engine_params(state))
 
     def _evaluated(self, step: int, clock: Clock) -> dict[str, float]:
         if self.evaluate is None or not self.plan.evaluates(step):

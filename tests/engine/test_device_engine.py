@@ -1,5 +1,8 @@
 """The engine on devices: the same tokens as transformers, on every mesh, in every batch, with every cache geometry."""
 
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -303,3 +306,18 @@ def test_replaced_weights_answer_as_an_engine_that_began_with_them(tiny_config, 
     engine.add(requests_of(prompts)[0])
     with pytest.raises(ValueError, match="being answered"):
         engine.replace_weights(placed)
+
+
+def test_a_released_engine_holds_no_memory_until_it_has_weights_again(tiny_config, params, prompts, greedy) -> None:
+    engine = make_engine(tiny_config, params)
+    layout, spec = engine.runner._layout, model_spec(tiny_config, jnp.float32)  # pyright: ignore
+    list(engine.generate(requests_of(prompts)))
+    held = [weakref.ref(array) for array in jax.tree.leaves((engine.runner._params, engine.runner._cache))]  # pyright: ignore
+    compiled = engine.runner.compiles
+    engine.release()
+    gc.collect()
+    assert len(held) > tiny_config.num_layers and not any(array() is not None for array in held)
+    engine.replace_weights(
+        {path: jax.device_put(x, layout.sharding(spec[path].axes, x.shape)) for path, x in params.items()}
+    )
+    assert tokens_of(list(engine.generate(requests_of(prompts)))) == greedy and engine.runner.compiles == compiled

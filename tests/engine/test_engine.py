@@ -43,6 +43,9 @@ class HashRunner:
         for done, _ in enumerate(programs, start=1):
             progress(done)
 
+    def release(self) -> None:
+        self.params = None
+
     def replace_weights(self, params: Any) -> None:
         self.params = params
 

@@ -24,19 +24,26 @@ class Notes:
     records: dict[int, dict] = field(default_factory=dict)
     saved: dict[int, tuple] = field(default_factory=dict)
     asked: int = 0
+    engine_holds: bool = True
 
     # Policy.
     def engine_params(self, state):
+        assert not self.engine_holds, "no room for two engines' weights"
         return f"weights of {state.learnt}"
 
     def learn(self, state, groups, config, *, step):
         assert not state.donated, "a state that was given away"
+        assert not self.engine_holds, "no room for gradients beside the engine"
         state.donated = True
         self.events.append(("learn", step, groups))
         return make_state([*state.learnt, groups]), {"reward": float(step)}
 
     # Engine.
+    def release(self):
+        self.engine_holds = False
+
     def replace_weights(self, params):
+        self.engine_holds = True
         self.events.append(("weights", params))
 
     def forget_pages(self):
