@@ -7,6 +7,7 @@ axis.
 | logical axis | array dimension                     | TRAIN        | DECODE       |
 |--------------|-------------------------------------|--------------|--------------|
 | batch        | B, rows of tokens                   | data, fsdp   | data, fsdp   |
+| sequence     | T between layers (likewise)         | tensor       | -            |
 | replica      | one page pool and its rows          | -            | data, fsdp   |
 | vocab        | V (replicated if it does not divide)| tensor       | tensor       |
 | embed        | D of a weight                       | fsdp         | -            |
@@ -37,6 +38,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 TRAIN: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "sequence": ("tensor",),
     "vocab": ("tensor",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
@@ -49,12 +51,14 @@ TRAIN: Mapping[str, tuple[str, ...]] = {
 DECODE: Mapping[str, tuple[str, ...]] = {
     **TRAIN,
     "replica": ("data", "fsdp"),
+    "sequence": (),
     "embed": (),
 }
 
-# A weight dimension of these axes is replicated, on purpose, where the mesh does not divide it: every device then holds
-# the whole of a small kv projection, or of a vocabulary of odd size. Any other axis that does not divide is an error.
-REPLICABLE = frozenset({"vocab", "kv_heads"})
+# A dimension of these axes is replicated, on purpose, where the mesh does not divide it: every device then holds the
+# whole of a small kv projection, of a vocabulary of odd size, or of a row of odd length. Any other axis that does not
+# divide is an error.
+REPLICABLE = frozenset({"vocab", "kv_heads", "sequence"})
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.weights import WeightFormat
 from qwq_jax.model.layers import Attend, Block, RMSNorm, kernel, param
 from qwq_jax.model.rope import rotary_tables
+from qwq_jax.sharding import Layout
 
 
 class Embed(nnx.Module):
@@ -94,7 +95,13 @@ class Transformer(nnx.Module):
             self.head = Head(config, weights)
 
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array, attend: Attend, cache: tuple[Any, ...] | None = None
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        attend: Attend,
+        cache: tuple[Any, ...] | None = None,
+        *,
+        layout: Layout | None = None,
     ) -> tuple[jax.Array, tuple[Any, ...] | None]:
         """Runs the decoder up to its final norm.
 
@@ -103,6 +110,8 @@ class Transformer(nnx.Module):
             positions: `[B, T]` int32, of each token in its own sequence.
             attend: How tokens see each other; see `qwq_jax.model.attention`.
             cache: One entry a layer, handed to `attend` (unrolled only).
+            layout: The mesh of training (stacked only): what one layer hands to the next, which the backward pass keeps
+                of each, is cut over tokens by the devices that share a layer (arXiv 2205.05198, section 4.2.2).
 
         Returns:
             Hidden states `[B, T, D]` in the activation dtype, and the cache.
@@ -111,7 +120,7 @@ class Transformer(nnx.Module):
         rotary = rotary_tables(positions, self.config)
         if self.stacked:
             assert cache is None, "a scan over layers would copy the cache"
-            x = self._scan(x, rotary, attend)
+            x = self._scan(x, rotary, attend, layout)
         else:
             entries = cache if cache is not None else (None,) * len(self.layers)
             x, updated = self._unrolled(x, rotary, attend, entries)
@@ -169,10 +178,15 @@ class Transformer(nnx.Module):
             updated.append(entry)
         return x, tuple(updated)
 
-    def _scan(self, x: jax.Array, rotary: tuple[jax.Array, jax.Array], attend: Attend) -> jax.Array:
+    def _scan(
+        self, x: jax.Array, rotary: tuple[jax.Array, jax.Array], attend: Attend, layout: Layout | None
+    ) -> jax.Array:
         graph, stacked = nnx.split(self.layers)
 
-        def body(x: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graph, weights)(x, rotary, attend, None)[0], None
+        def place(x: jax.Array) -> jax.Array:
+            return x if layout is None else layout.constrain(x, ("batch", "sequence", None))
 
-        return jax.lax.scan(jax.checkpoint(body) if self.remat else body, x, stacked)[0]
+        def body(x: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
+            return place(nnx.merge(graph, weights)(x, rotary, attend, None)[0]), None
+
+        return jax.lax.scan(jax.checkpoint(body) if self.remat else body, place(x), stacked)[0]

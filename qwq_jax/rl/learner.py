@@ -58,7 +58,7 @@ def forward(
 
     def run(params: Params, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
         bound = bind(model, params, dtype=config.compute_dtype, remat=config.remat, lora=lora)
-        hidden, _ = bound(batch.tokens, batch.positions, causal_attend(batch.segment_ids, layout))
+        hidden, _ = bound(batch.tokens, batch.positions, causal_attend(batch.segment_ids, layout), layout=layout)
         return token_logprobs(
             hidden, bound.head_matrix(), batch.targets, chunk=config.logprob_chunk, temperature=config.temperature
         )
