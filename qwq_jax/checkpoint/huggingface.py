@@ -29,7 +29,8 @@ DTYPES = {
 }
 _TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000
-# Files that travel with the weights, verbatim: configuration, tokenizer, chat template, licence.
+# Files that travel with the weights, verbatim: configuration, tokenizer, chat template, what a reward model reads,
+# licence.
 COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -42,6 +43,7 @@ COMPANIONS = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "reward_model.json",
     "LICENSE",
     "LICENSE.txt",
     "LICENSE.md",

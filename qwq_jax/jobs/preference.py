@@ -229,8 +229,8 @@ def read_data(config: PreferenceConfig, start: Start) -> Data:
     if config.reward_model is not None:
         encode = partial(reward_pair, tokenizer=tokenizer, thoughts=config.reward_model.thoughts)
     read = partial(read_pairs, encode=encode, row_length=config.sequence_length, skip_too_long=config.skip_too_long)
-    held_out = read([Path(path) for path in config.eval_files]) if config.eval_files else None
-    data = Data(read([Path(path) for path in config.train_files]), held_out)
+    train = read([Path(path) for path in config.train_files])
+    data = Data(train, read([Path(path) for path in config.eval_files]) if config.eval_files else None)
     segments = [segment for pairs in data.all for segment in pairs.segments]
     check_tokens(start.config, segments, tokenizer=start.tokenizer_dir)
     return data
