@@ -16,8 +16,9 @@ from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.rl import RlConfig
 from qwq_jax.engine.engine import Engine
 from qwq_jax.jobs.rl import learn_config, make_engine
-from qwq_jax.jobs.rl_start import Start, make_optimizers, make_policy, make_state, open_start
+from qwq_jax.jobs.rl_start import Start, make_policy, make_state, open_start
 from qwq_jax.model.params import Params, random_params, stack
+from qwq_jax.rl.optimizers import make_optimizers
 from qwq_jax.rl.policy import LearnConfig, Policy, RlState
 from qwq_jax.rl.prompts import Prompt, make_prompts
 from qwq_jax.rl.rollout import Rollouts
