@@ -12,7 +12,20 @@ from qwq_jax.config.mesh import MeshConfig
 from qwq_jax.config.sampling import SamplingParams
 from qwq_jax.interrupt import Interrupted
 
-VERBS = ["convert", "export", "generate", "chat", "serve", "warm-up", "sft", "dpo", "reward-model", "rl", "eval", "demo"]
+VERBS = [
+    "convert",
+    "export",
+    "generate",
+    "chat",
+    "serve",
+    "warm-up",
+    "sft",
+    "dpo",
+    "reward-model",
+    "rl",
+    "eval",
+    "demo",
+]
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ import pytest
 
 from qwq_jax.config.load import load_toml
 from qwq_jax.config.model import ModelConfig
+from qwq_jax.config.preference import PreferenceConfig
+from qwq_jax.config.rl import RlConfig
 from qwq_jax.config.train import SftConfig
 
 DIRECTORY = Path(__file__).parents[2] / "configs" / "models"
@@ -76,5 +78,11 @@ def test_every_run_loads(path):
     assert isinstance(load_toml(path, SftConfig), SftConfig)
 
 
+@pytest.mark.parametrize("path", sorted((DIRECTORY.parent / "rl").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_run_of_reinforcement_learning_loads(path):
+    kind = PreferenceConfig if path.stem.endswith(("dpo", "reward_model")) else RlConfig
+    assert isinstance(load_toml(path, kind), kind)
+
+
 def test_every_config_is_of_a_kind_that_is_tested():
-    assert {path.name for path in DIRECTORY.parent.iterdir()} <= {"models", "sft"}
+    assert {path.name for path in DIRECTORY.parent.iterdir()} <= {"models", "sft", "rl"}

@@ -219,6 +219,7 @@ def test_a_cache_that_cannot_hold_one_context_is_refused(tiny_config: ModelConfi
         make_engine(tiny_config, params, num_pages=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh", [MeshConfig(tensor=8), pytest.param(MeshConfig(data=2, tensor=4), marks=pytest.mark.slow)]
 )

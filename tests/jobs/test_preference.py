@@ -128,6 +128,7 @@ class Died(BaseException):
     """As a process that is killed: nothing is saved on the way out."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_stopped_by_a_signal_and_then_dead_it_is_bitwise_the_same_run(recipes, whole, tmp_path, monkeypatch, verb):
     write, output = MetricsLog.write, tmp_path / "run"
@@ -202,6 +203,7 @@ def weights(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
 LORA = ("lora.rank=4", "optimizer.learning_rate=3e-2")
 
 
+@pytest.mark.slow
 def test_dpo_of_adapters_leaves_them_and_the_model_merged(recipes, tmp_path):
     assert run(recipes, "dpo", f"output_dir={tmp_path}/run", *LORA) == 0
     records = read_records(tmp_path / "run" / "metrics.jsonl")
@@ -214,6 +216,7 @@ def test_dpo_of_adapters_leaves_them_and_the_model_merged(recipes, tmp_path):
     assert changed and all(name.endswith("kernel") for name in changed)
 
 
+@pytest.mark.slow
 def test_a_reward_model_of_adapters_trains_its_head_too(recipes, tmp_path):
     assert run(recipes, "reward-model", f"output_dir={tmp_path}/run", *LORA) == 0
     records = read_records(tmp_path / "run" / "metrics.jsonl")

@@ -28,6 +28,7 @@ def test_attention_equals_brute_force(heads, block_q, rng):
     np.testing.assert_allclose(lse[0], want_lse.T, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_attention_gradient_is_that_of_the_formula(rng):
     T, N, K, H = 12, 4, 2, 8
     q, k, v = (jnp.asarray(rng.standard_normal((1, T, n, H)), jnp.float32) for n in (N, K, K))

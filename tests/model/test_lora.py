@@ -197,6 +197,7 @@ def gradients(config, lora, params, frozen, packed, *, mesh=None, accumulation=1
     return jax.device_get(run(put(params), put(frozen), batch))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", LORAS, ids=name_of)
 def test_gradients_follow_from_those_of_the_merged_kernels(tiny_config, base, packed, lora):
     """dA = s dW B^T and dB = s A^T dW, where dW is the gradient of the merged kernel."""

@@ -142,6 +142,7 @@ def test_the_loss_is_the_mean_over_pairs_each_by_itself(tiny_config, weights, lo
     assert float(found.means["accuracy"]) == pytest.approx((h > 0).double().mean().item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "accumulation", "row_length"),
     [
@@ -165,6 +166,7 @@ def test_neither_micro_batches_nor_rows_nor_meshes_change_a_gradient(
         np.testing.assert_allclose(other.params[name], expected, atol=2e-5 * scale + 1e-8, err_msg=name)
 
 
+@pytest.mark.slow
 def test_under_adapters_the_model_itself_is_the_reference(tiny_config, weights, logprobs, ragged):
     """Before the first step the loss is log 2 for whatever data, and the adapters have a gradient."""
     lora = LoraConfig(rank=4)

@@ -121,6 +121,7 @@ def test_a_temperature_that_the_trainer_does_not_know_shows(made):
     assert gap(run, batch.groups) > 0.1
 
 
+@pytest.mark.slow
 def test_log_probabilities_of_the_model_rather_than_the_temperature_show(made):
     """What an engine reports by default, as OpenAI's API has it."""
     run = made(rollout={"temperature": 0.6})
@@ -142,6 +143,7 @@ def test_a_scale_that_the_engine_does_not_know_shows(made):
     assert gap(run, batch.groups) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 def test_greedy_tokens_are_the_likeliest_of_the_trainer(made, lora):
     run = made(**settings(1.0, lora, packed=False))
@@ -187,6 +189,7 @@ def trained_tokens(batch) -> int:
     return sum(int(sample.drawn.sum()) for group in batch.groups for sample in group.samples)
 
 
+@pytest.mark.slow
 def test_updates_and_passes(made):
     """Two passes of four updates: eight steps of the optimizer, and every token counted in each pass."""
     run = made(updates_per_step=4, passes_per_step=2)

@@ -155,6 +155,7 @@ def test_a_termination_signal_saves_and_says_so(recipe, whole, tmp_path):
     assert_same_run(output, whole)
 
 
+@pytest.mark.slow
 def test_an_interruption_ranks_no_checkpoint(recipe, tmp_path):
     output = tmp_path / "run"
     assert killed(recipe, output, signal=15, at=4) == 42  # evaluated after step 4, and saved only because of the signal
