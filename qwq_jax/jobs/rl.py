@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -35,7 +34,15 @@ from qwq_jax.engine.engine import Engine
 from qwq_jax.engine.runner import DeviceRunner
 from qwq_jax.interrupt import Interrupted, StopRequested
 from qwq_jax.jobs.rl_end import finish
-from qwq_jax.jobs.rl_start import Start, make_policy, make_state, open_start, reward_scorers
+from qwq_jax.jobs.rl_start import (
+    Start,
+    engine_layout,
+    engine_settings,
+    make_policy,
+    make_state,
+    open_start,
+    reward_scorers,
+)
 from qwq_jax.processes import Peers
 from qwq_jax.rl.dashboard import Dashboard
 from qwq_jax.rl.heldout import HeldOut
@@ -50,7 +57,7 @@ from qwq_jax.rl.tasks import load_tasks
 from qwq_jax.rl.trainer import Hands, Outcome, Plan, Trainer
 from qwq_jax.rl.types import Task
 from qwq_jax.runtime import default_compute_dtype
-from qwq_jax.sharding import Layout, decode_layout, make_mesh, train_layout
+from qwq_jax.sharding import make_mesh, train_layout
 from qwq_jax.train.metrics import METRICS, MetricsLog, read_records
 from qwq_jax.train.trainer import newest_step
 
@@ -131,7 +138,7 @@ def train(config: RlConfig) -> RlReport:
         engine = make_engine(config, start, policy.engine_params(state))
         rollouts = Rollouts(engine, tokenizer, judge, config.rollout)
         evaluate = make_evaluation(config, tasks, tokenizer, rollouts, output) if tasks.held_out else None
-        records = read_records(Path(output) / METRICS) if log is not None and step else []
+        records = read_records(log.path) if log is not None and step else []
         dashboard = resources.enter_context(
             Dashboard(output.name, steps=config.last_step, history=records, shown=jax.process_index() == 0)
         )
@@ -200,21 +207,8 @@ def run_identity(config: RlConfig, checkpoint: Checkpoint, tasks: Tasks) -> dict
 
 def make_engine(config: RlConfig, start: Start, params: Any) -> Engine:
     """The engine on the devices of the run, in their DECODE arrangement."""
-    assert config.compute_dtype is not None
-    settings = config.engine.model_copy(
-        update={
-            "compute_dtype": config.compute_dtype,
-            "logprobs": "temperature",
-            "max_context": config.engine.max_context or config.longest_sequence,
-        }
-    )
-    runner = DeviceRunner(start.config, params, engine_layout(config), settings)
+    runner = DeviceRunner(start.config, params, engine_layout(config), engine_settings(config))
     return Engine(runner, start.config.vocab_size, start.config.eos_token_ids, run_seed=config.seed)
-
-
-def engine_layout(config: RlConfig) -> Layout:
-    """Where the engine's weights lie."""
-    return decode_layout(make_mesh(config.decode_mesh or config.mesh))
 
 
 def make_evaluation(

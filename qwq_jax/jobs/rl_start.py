@@ -1,7 +1,9 @@
 """How a run of reinforcement learning begins: weights, optimizer state, and the functions of the policy."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import jax
 from jax.experimental import multihost_utils
@@ -10,6 +12,7 @@ from qwq_jax.chat import ChatTokenizer
 from qwq_jax.checkpoint.directory import explained, open_directory
 from qwq_jax.checkpoint.store import MARKER, Checkpoint, open_checkpoint
 from qwq_jax.checkpoint.train_store import TrainStore
+from qwq_jax.config.engine import EngineConfig
 from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.rewards import reward_name
 from qwq_jax.config.rl import RlConfig
@@ -78,7 +81,7 @@ def make_state(
     config: RlConfig, start: Start, layout: Layout, optimizers: Optimizers, *, store: TrainStore, step: int
 ) -> tuple[RlState, RlState]:
     """What is trained, new or as the checkpoint of `step` has it; and its description."""
-    target = _target(config, start, layout, optimizers)
+    target = describe_state(config, start.config, layout, optimizers)
     if step:
         return store.restore(step, target), target
     policy = init_state(_initial(config, start, layout), optimizers.policy)
@@ -89,17 +92,18 @@ def make_state(
     return RlState(policy, critic), target
 
 
-def _target(config: RlConfig, start: Start, layout: Layout, optimizers: Optimizers) -> RlState:
+def describe_state(config: RlConfig, model: ModelConfig, layout: Layout, optimizers: Optimizers) -> RlState:
+    """What is trained before it exists: shapes, types and places."""
     described = (
-        abstract_adapters(start.config, config.lora, layout=layout)
+        abstract_adapters(model, config.lora, layout=layout)
         if config.lora is not None
-        else abstract_params(start.config, dtype=config.param_dtype, layout=layout)
+        else abstract_params(model, dtype=config.param_dtype, layout=layout)
     )
     policy = abstract_state(described, optimizers.policy)
     if optimizers.critic is None:
         return RlState(policy)
     used = {path: array for path, array in described.items() if path != UNUSED}
-    return RlState(policy, abstract_state({**used, **abstract_value_head(start.config, layout)}, optimizers.critic))
+    return RlState(policy, abstract_state({**used, **abstract_value_head(model, layout)}, optimizers.critic))
 
 
 def _initial(config: RlConfig, start: Start, layout: Layout, *, critic: bool = False) -> Params:
@@ -112,45 +116,77 @@ def _initial(config: RlConfig, start: Start, layout: Layout, *, critic: bool = F
 
 def make_policy(config: RlConfig, start: Start, layout: Layout, optimizers: Optimizers, *, target: RlState) -> Policy:
     """The functions of the policy on its mesh, and the weights that stay as they are."""
-    assert config.compute_dtype is not None
-    forward_config = ForwardConfig(
-        config.compute_dtype, config.rollout.temperature, config.logprob_chunk, remat=config.remat
-    )
-    rows = Rows(
-        row_length=config.row_length or config.rollout.max_prompt_tokens + config.rollout.max_tokens,
-        rows_per_micro_batch=config.rows_per_micro_batch,
-        layout=layout,
-    )
-    loss = make_policy_loss(start.config, layout, forward_config, objective=config.objective, lora=config.lora)
-    trained, plain = (forward(start.config, layout, forward_config, lora) for lora in (config.lora, None))
+    policy = make_functions(config, start.config, (layout, engine_layout(config)), optimizers, target=target)
     fixed: Params | None = None
     if config.lora is not None or config.objective.uses_reference:
         # Under adapters the weights that stay are the reference too.
-        fixed = checkpoint_weights(start.checkpoint, dtype=config.compute_dtype, layout=layout)
-    decode = decode_layout(make_mesh(config.decode_mesh or config.mesh))
+        fixed = checkpoint_weights(start.checkpoint, dtype=_compute_dtype(config), layout=layout)
     critic = None
     if optimizers.critic is not None:
         assert target.critic is not None and config.objective.value_clip is not None
         critic = make_critic(
             start.config,
-            forward_config,
-            rows,
+            _forward_config(config),
+            policy.rows,
             optimizers.critic,
             target=target.critic,
             frozen=_frozen_of_critic(config, start, layout, fixed),
             lora=config.lora,
             clip=config.objective.value_clip,
         )
+    return replace(
+        policy,
+        frozen=fixed if config.lora is not None else None,
+        reference=fixed if config.objective.uses_reference else None,
+        critic=critic,
+    )
+
+
+def make_functions(
+    config: RlConfig, model: ModelConfig, layouts: tuple[Layout, Layout], optimizers: Optimizers, *, target: RlState
+) -> Policy:
+    """The policy without any weights; the devices of `layouts`, TRAIN and DECODE, may be described ones."""
+    layout, decode = layouts
+    forwards = _forward_config(config)
+    rows = Rows(
+        row_length=config.row_length or config.rollout.max_prompt_tokens + config.rollout.max_tokens,
+        rows_per_micro_batch=config.rows_per_micro_batch,
+        layout=layout,
+    )
+    loss = make_policy_loss(model, layout, forwards, objective=config.objective, lora=config.lora)
+    trained, plain = (forward(model, layout, forwards, lora) for lora in (config.lora, None))
     return Policy(
         updater=make_updater(loss, optimizers.policy, shardings=jax.tree.map(lambda x: x.sharding, target.policy)),
         rows=rows,
         score=make_scorer(lambda params, batch: trained(params, batch)[0], rows),
         score_reference=make_scorer(lambda params, batch: plain(params, batch)[0], rows),
-        sync=make_sync(start.config, decode, dtype=config.compute_dtype, lora=config.lora),
-        frozen=fixed if config.lora is not None else None,
-        reference=fixed if config.objective.uses_reference else None,
-        critic=critic,
+        sync=make_sync(model, decode, dtype=_compute_dtype(config), lora=config.lora),
     )
+
+
+def engine_layout(config: RlConfig, devices: Sequence[Any] | None = None) -> Layout:
+    """Where the engine's weights lie; `devices` are all by default."""
+    return decode_layout(make_mesh(config.decode_mesh or config.mesh, devices))
+
+
+def engine_settings(config: RlConfig) -> EngineConfig:
+    """The engine of a run: in the type of the policy, with room for its longest sequence."""
+    return config.engine.model_copy(
+        update={
+            "compute_dtype": _compute_dtype(config),
+            "logprobs": "temperature",
+            "max_context": config.engine.max_context or config.longest_sequence,
+        }
+    )
+
+
+def _forward_config(config: RlConfig) -> ForwardConfig:
+    return ForwardConfig(_compute_dtype(config), config.rollout.temperature, config.logprob_chunk, remat=config.remat)
+
+
+def _compute_dtype(config: RlConfig) -> Literal["float32", "bfloat16"]:
+    assert config.compute_dtype is not None, "the run decides it at its start"
+    return config.compute_dtype
 
 
 def _frozen_of_critic(config: RlConfig, start: Start, layout: Layout, fixed: Params | None) -> Params:

@@ -97,7 +97,7 @@ def token_values(
     """The value before each target, float32 `[B, T]`: final hidden state times the value head."""
     decoder = {path: array for path, array in params.items() if path != VALUE_HEAD}
     bound = bind(model, decoder, dtype=config.compute_dtype, remat=config.remat, lora=lora)
-    hidden, _ = bound(batch.tokens, batch.positions, causal_attend(batch.segment_ids, layout))
+    hidden, _ = bound(batch.tokens, batch.positions, causal_attend(batch.segment_ids, layout), layout=layout)
     return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), params[VALUE_HEAD].astype(jnp.float32))
 
 

@@ -6,7 +6,6 @@ lengths of its completions.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
@@ -195,23 +194,37 @@ class Rows:
         return map(self.place, self.plan(segments).micro_batches(segments))
 
 
-def make_scorer(run: Callable[[Params, TrainBatch], Any], rows: Rows) -> Scorer:
-    """Builds a scorer from ``run(params, batch) -> [B, T]``."""
-    replicated = rows.layout.sharding((None, None))
-    compiled = jax.jit(run, out_shardings=replicated)  # whole everywhere, so that every process can read it
+@dataclass(frozen=True)
+class RowScorer:
+    """A `Scorer` that packs its sequences into rows.
 
-    def score(params: Params, segments: Sequence[Segment]) -> list[np.ndarray]:
-        plan = rows.plan(segments)
-        arrays = [compiled(params, rows.place(packed)) for packed in plan.micro_batches(segments)]
+    Attributes:
+        program: Jitted ``(params, batch [B, T]) -> [B, T]``, the result whole on every device.
+        rows: How sequences become micro-batches.
+    """
+
+    program: Any
+    rows: Rows
+
+    def __call__(self, params: Params, segments: Sequence[Segment]) -> list[np.ndarray]:
+        """Numbers for the trained tokens of each sequence, in order."""
+        plan = self.rows.plan(segments)
+        arrays = [self.program(params, self.rows.place(packed)) for packed in plan.micro_batches(segments)]
         return plan.unpack(segments, (np.asarray(array) for array in arrays))
 
-    return score
+
+def make_scorer(run: Callable[[Params, TrainBatch], Any], rows: Rows) -> RowScorer:
+    """Builds a scorer from ``run(params, batch) -> [B, T]``."""
+    replicated = rows.layout.sharding((None, None))
+    # Whole everywhere, so that every process can read it.
+    return RowScorer(jax.jit(run, out_shardings=replicated), rows)
 
 
-def make_sync(
-    model: ModelConfig, layout: Layout, *, dtype: Any, lora: LoraConfig | None = None
-) -> Callable[[Params, Params | None], Params]:
-    """Builds ``(params, frozen) -> params of an engine``: adapters merged, one array a layer, on the DECODE layout."""
+def make_sync(model: ModelConfig, layout: Layout, *, dtype: Any, lora: LoraConfig | None = None) -> Any:
+    """Builds the jitted ``(params, frozen) -> params of an engine``.
+
+    Adapters are merged, and there is one array a layer, on the DECODE layout.
+    """
     spec = model_spec(model, dtype)
     places = {path: layout.sharding(array.axes, array.shape) for path, array in spec.items()}
 
@@ -222,7 +235,7 @@ def make_sync(
         params = unstack(params, model.num_layers)
         return {path: params[path].astype(array.dtype) for path, array in spec.items()}
 
-    return partial(jax.jit(arrange, out_shardings=places))
+    return jax.jit(arrange, out_shardings=places)
 
 
 def means(records: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -9,7 +9,7 @@ import numpy as np
 from qwq_jax.config.objective import ObjectiveConfig
 from qwq_jax.rl.critic import Critic
 from qwq_jax.rl.experience import Experience, advantages_of, gather, segments_of, split
-from qwq_jax.rl.learner import Rows, Scorer, Updater, means
+from qwq_jax.rl.learner import Rows, RowScorer, Updater, means
 from qwq_jax.rl.rollout import Group
 from qwq_jax.train.packing import Segment
 from qwq_jax.train.state import Params, TrainState
@@ -72,8 +72,8 @@ class Policy:
 
     updater: Updater
     rows: Rows
-    score: Scorer
-    score_reference: Scorer
+    score: RowScorer
+    score_reference: RowScorer
     sync: Callable[[Params, Params | None], Params]
     frozen: Params | None = None
     reference: Params | None = field(default=None, repr=False)

@@ -72,7 +72,7 @@ def make_values(
 
     def run(params: Params, batch: TrainBatch) -> jax.Array:
         bound = bind(model, params, dtype=compute_dtype, remat=remat, lora=lora)
-        hidden, _ = bound(batch.tokens, batch.positions, causal_attend(batch.segment_ids, layout))
+        hidden, _ = bound(batch.tokens, batch.positions, causal_attend(batch.segment_ids, layout), layout=layout)
         return bound.scores(hidden)
 
     return run
