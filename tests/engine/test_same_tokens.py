@@ -99,6 +99,7 @@ def check(seed: int, tiny_config: ModelConfig, params: Params, requests: list[Re
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("seed", [24, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in (6, 14, 20))])
 def test_no_way_of_working_changes_a_token(
     seed: int, tiny_config: ModelConfig, params: Params, requests: list[Request], plain: dict

@@ -129,6 +129,7 @@ class Died(BaseException):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("verb", VERBS)
 def test_stopped_by_a_signal_and_then_dead_it_is_bitwise_the_same_run(recipes, whole, tmp_path, monkeypatch, verb):
     write, output = MetricsLog.write, tmp_path / "run"
@@ -158,6 +159,7 @@ def test_stopped_by_a_signal_and_then_dead_it_is_bitwise_the_same_run(recipes, w
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("verb", VERBS)
 def test_killed_and_resumed_it_is_bitwise_the_same_run(recipes, whole, tmp_path, verb):
     output = tmp_path / "run"
@@ -186,6 +188,7 @@ def test_a_signal_while_the_reference_is_computed_is_answered(recipes, tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("verb", VERBS)
 def test_on_a_mesh_it_is_the_same_run(recipes, whole, tmp_path, verb):
     mesh = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
@@ -204,6 +207,7 @@ LORA = ("lora.rank=4", "optimizer.learning_rate=3e-2")
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_dpo_of_adapters_leaves_them_and_the_model_merged(recipes, tmp_path):
     assert run(recipes, "dpo", f"output_dir={tmp_path}/run", *LORA) == 0
     records = read_records(tmp_path / "run" / "metrics.jsonl")
@@ -217,6 +221,7 @@ def test_dpo_of_adapters_leaves_them_and_the_model_merged(recipes, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_reward_model_of_adapters_trains_its_head_too(recipes, tmp_path):
     assert run(recipes, "reward-model", f"output_dir={tmp_path}/run", *LORA) == 0
     records = read_records(tmp_path / "run" / "metrics.jsonl")

@@ -33,8 +33,8 @@ LORAS = [
 ]
 MESHES = [
     MeshConfig(data=2, fsdp=2, tensor=2),
-    pytest.param(MeshConfig(tensor=8), marks=pytest.mark.slow),
-    pytest.param(MeshConfig(fsdp=8), marks=pytest.mark.slow),
+    pytest.param(MeshConfig(tensor=8), marks=[pytest.mark.slow, pytest.mark.exhaustive]),
+    pytest.param(MeshConfig(fsdp=8), marks=[pytest.mark.slow, pytest.mark.exhaustive]),
 ]
 # The same float32 operations, in another order.
 REORDERED = {"rtol": 1e-4, "atol": 2e-5}
@@ -198,6 +198,7 @@ def gradients(config, lora, params, frozen, packed, *, mesh=None, accumulation=1
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("lora", LORAS, ids=name_of)
 def test_gradients_follow_from_those_of_the_merged_kernels(tiny_config, base, packed, lora):
     """dA = s dW B^T and dB = s A^T dW, where dW is the gradient of the merged kernel."""

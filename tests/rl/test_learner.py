@@ -114,6 +114,7 @@ def test_devices_add_up_to_the_whole(whole, params, segments):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("mesh", "rows"),
     [

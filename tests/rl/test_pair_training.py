@@ -143,6 +143,7 @@ def test_the_loss_is_the_mean_over_pairs_each_by_itself(tiny_config, weights, lo
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("mesh", "accumulation", "row_length"),
     [
@@ -167,6 +168,7 @@ def test_neither_micro_batches_nor_rows_nor_meshes_change_a_gradient(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_under_adapters_the_model_itself_is_the_reference(tiny_config, weights, logprobs, ragged):
     """Before the first step the loss is log 2 for whatever data, and the adapters have a gradient."""
     lora = LoraConfig(rank=4)

@@ -35,12 +35,14 @@ def test_micro_batches_and_devices_do_not_change_gradients(accumulation, devices
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("accumulation", "devices"), [(2, 1), (8, 1), (1, 2), (1, 4), (1, 8)])
 def test_no_number_of_micro_batches_or_devices_changes_gradients(accumulation, devices):
     pitfalls.check_split(CODE, "gspo", accumulation=accumulation, devices=devices)
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", sorted(papers.PAPERS.keys() - {"gspo"}))
 @pytest.mark.parametrize(("accumulation", "devices"), [(8, 1), (1, 8), (2, 4)])
 def test_no_objective_depends_on_micro_batches_or_devices(name, accumulation, devices):

@@ -75,7 +75,7 @@ REST = [case for case in itertools.product((1.0, 0.6), *[(False, True)] * 3) if 
 
 @pytest.mark.parametrize(
     ("temperature", "lora", "packed", "cache"),
-    [*HALF, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)],
+    [*HALF, *(pytest.param(*case, marks=[pytest.mark.slow, pytest.mark.exhaustive]) for case in REST)],
 )
 def test_the_trainer_says_what_the_engine_said(made, temperature, lora, packed, cache):
     run = made(cache=cache, **settings(temperature, lora, packed))
@@ -94,7 +94,13 @@ def test_the_trainer_says_what_the_engine_said(made, temperature, lora, packed, 
 
 @pytest.mark.parametrize(
     ("temperature", "lora"),
-    [(0.6, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1.0, False), (1.0, True), (0.6, False)])],
+    [
+        (0.6, True),
+        *(
+            pytest.param(*case, marks=[pytest.mark.slow, pytest.mark.exhaustive])
+            for case in [(1.0, False), (1.0, True), (0.6, False)]
+        ),
+    ],
 )
 def test_at_the_first_update_the_ratio_is_1(made, temperature, lora):
     """As the run reports it: of the update against the policy before it, and of that against the engine."""
@@ -122,6 +128,7 @@ def test_a_temperature_that_the_trainer_does_not_know_shows(made):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_log_probabilities_of_the_model_rather_than_the_temperature_show(made):
     """What an engine reports by default, as OpenAI's API has it."""
     run = made(rollout={"temperature": 0.6})
@@ -144,6 +151,7 @@ def test_a_scale_that_the_engine_does_not_know_shows(made):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("lora", [False, True])
 def test_greedy_tokens_are_the_likeliest_of_the_trainer(made, lora):
     run = made(**settings(1.0, lora, packed=False))
@@ -190,6 +198,7 @@ def trained_tokens(batch) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_updates_and_passes(made):
     """Two passes of four updates: eight steps of the optimizer, and every token counted in each pass."""
     run = made(updates_per_step=4, passes_per_step=2)

@@ -20,6 +20,7 @@ from tools.bench_quantization import WINDOW, negative_log_likelihood, parse_run,
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_exact_is_plain_attention_and_8_bits_are_near(tmp_path: Path) -> None:
     convert(str(TINY_REASONER), str(tmp_path / "ours"))
     checkpoint = open_checkpoint(str(tmp_path / "ours"))

@@ -193,6 +193,7 @@ def options(tmp_path, *more):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_our_side_runs_as_the_verb_does_and_absent_peers_are_left_out(tmp_path, config):
     ours, *peers = measure(options(tmp_path), config, tmp_path)
     assert ours.failure is None and len(ours.measured(Goal(1.0, 1, 2, 0.0))) == 2
@@ -201,6 +202,7 @@ def test_our_side_runs_as_the_verb_does_and_absent_peers_are_left_out(tmp_path, 
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("peer", PEERS)
 def test_a_peer_answers_as_we_do_before_the_first_step(peer, tmp_path, config):
     python = os.environ.get(f"BENCH_RL_{peer.upper()}_PYTHON")
