@@ -15,6 +15,7 @@ given is left out, and the report says so.
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -192,7 +193,8 @@ def run(side: Side, goal: Goal) -> Outcome:
     outcome = Outcome.read(side.name, side.records)
     if not outcome.measured(goal):
         failure = failure or f"only {len(outcome.steps)} steps: {last_lines(side.log)}"
-    return Outcome(side.name, outcome.records, outcome.versions, process_seconds(outcome, arrived, goal), failure)
+    seconds = process_seconds(outcome, arrived, goal)
+    return replace(outcome, process_seconds=seconds, failure=failure, speed_alone=goal.target is None)
 
 
 def process_seconds(outcome: Outcome, arrived: float | None, goal: Goal) -> float | None:
@@ -284,7 +286,7 @@ def main() -> None:
         outcomes = measure(options, config, options.workdir or Path(temporary))
     versions = {"qwq_jax": __version__, **{name: version(name) for name in ("jax", "flax", "optax")}}
     setting = Setting(
-        command="python -m tools.bench_rl " + " ".join(sys.argv[1:]),
+        command=shown_command(sys.argv[1:]),
         config=config,
         goal=goal_of(options),
         threads=options.threads,
@@ -301,6 +303,20 @@ def main() -> None:
     raise SystemExit(1 if any(outcome.records and outcome.failure for outcome in outcomes) else 0)
 
 
+def shown_command(arguments: Sequence[str]) -> str:
+    """The command as a report shows it, without places that are of this machine only."""
+    words, given = ["python", "-m", "tools.bench_rl"], iter(arguments)
+    for word in given:
+        if word in ("--workdir", "--json"):
+            next(given)
+        elif word in ("--trl-python", "--tunix-python"):
+            next(given)
+            words += [word, f"{word.split('-')[2].upper()}/bin/python"]
+        else:
+            words.append(shlex.quote(word))
+    return " ".join(words)
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -312,7 +328,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
                         help="completions of a forward and backward; of several the quickest is taken")  # fmt: skip
     parser.add_argument("--tunix-micro-batch", type=int, nargs="+", default=[32, 64, 256], metavar="N")
     parser.add_argument("--target", type=float, default=0.8, help="held-out accuracy to reach")
-    parser.add_argument("--limit", type=float, default=540.0, help="seconds of training to reach it in")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds of training to reach it in")
     parser.add_argument("--eval-every", type=int, default=5, help="steps")
     parser.add_argument("--skip", type=int, default=3, help="first steps whose speed does not count")
     parser.add_argument("--measure", type=int, default=12, help="steps after them whose speed does")

@@ -41,6 +41,7 @@ class Outcome:
             but that before the first step; None if it did not.
         failure: Why it ended early, if it did.
         note: How it was set up.
+        speed_alone: Whether it was ended as soon as its speed was known.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Outcome:
     process_seconds: float | None = None
     failure: str | None = None
     note: str = ""
+    speed_alone: bool = False
 
     @classmethod
     def read(cls, name: str, path: Path) -> Self:
@@ -179,9 +181,10 @@ def arrival(setting: Setting, outcome: Outcome) -> list[str]:
     target = setting.goal.target
     assert target is not None
     step = outcome.reached(target)
-    if step is None or outcome.process_seconds is None:
-        seconds = outcome.training_seconds()
-        found = ["-", f"not in {seconds:.0f} s" if outcome.best and len(outcome.steps) > 0 else "-", "-"]
+    if not outcome.steps or outcome.speed_alone:
+        found = ["-"] * 3
+    elif step is None or outcome.process_seconds is None:
+        found = ["-", f"not in {outcome.training_seconds():.0f} s", "-"]
     else:
         found = [str(step), f"{outcome.training_seconds(step):.0f}", f"{outcome.process_seconds:.0f}"]
     first = "-" if outcome.first is None else f"{outcome.first:.1%}"
@@ -260,7 +263,7 @@ def markdown(setting: Setting, outcomes: Sequence[Outcome]) -> str:
         "",
         f"    {setting.command}",
         "",
-        f"{setting.config.model} on {setting.samples} completions a step, {setting.threads} processors for each side, "
+        f"{setting.config.model} on {setting.samples} completions a step, at most {setting.threads} processors, "
         f"one after the other; load average {setting.load:.1f} when it began (1 a busy core).",
         *(f"{', '.join(f'{name} {number}' for name, number in each.items())}." for each in versions),
         "",

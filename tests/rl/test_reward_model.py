@@ -131,7 +131,7 @@ def test_what_it_reads_travels_with_an_export(exported, tmp_path):
     assert "reward_model.json" in open_checkpoint(str(tmp_path / "again")).manifest.files
 
 
-def test_a_reward_model_cannot_generate_or_be_tuned_on_replies(checkpoint, tmp_path, capsys):
+def test_a_reward_model_cannot_generate(checkpoint, tmp_path, capsys):
     (tmp_path / "in.jsonl").write_text('{"prompt": "2+2?"}\n')
     files = ["--input", f"{tmp_path}/in.jsonl", "--output", f"{tmp_path}/out.jsonl"]
     assert main(["generate", checkpoint, *files, "--set", "engine.max_context=64"]) == 2
@@ -144,19 +144,18 @@ def test_scores_are_those_of_any_mesh(checkpoint, conversations):
     np.testing.assert_allclose(eight.scores(conversations), one.scores(conversations), atol=1e-5)
 
 
-def test_one_program_scores_whatever_comes(checkpoint, conversations, monkeypatch):
-    scorer = opened(checkpoint)
-    scorer.scores(conversations[:2])
-    with jax.log_compiles(False):
-        before = jax._src.compiler.backend_compile_and_load  # pyright: ignore[reportAttributeAccessIssue]
+def test_one_program_scores_whatever_comes(conversations):
+    layout, config, traced = one_device(), with_scalar_head(MODEL), []
+    values = make_values(config, layout, compute_dtype="float32")
 
-        def fails(*arguments, **keywords):
-            raise AssertionError("compiled again")
+    def watched(params, batch):
+        traced.append(batch.tokens.shape)
+        return values(params, batch)
 
-        monkeypatch.setattr("jax._src.compiler.backend_compile_and_load", fails)
-        scorer.scores(conversations)
-        scorer.scores([((1,), (2, 3))])
-        monkeypatch.setattr("jax._src.compiler.backend_compile_and_load", before)
+    scorer = RewardModelScorer(random_reward_model(MODEL), make_scorer(watched, Rows(64, 4, layout)), longest=64)
+    for some in (conversations[:2], conversations, [((1,), (2, 3))]):
+        assert len(scorer.scores(some)) == len(some)
+    assert traced == [(4, 64)]
 
 
 def test_a_reply_that_does_not_fit_is_read_as_far_as_it_does(checkpoint):
@@ -207,6 +206,8 @@ def scored(prompt, reply, margin: float = 0.0) -> Segment:
     return Segment(segment.tokens, segment.trained, {"margin": np.where(segment.trained, margin, 0).astype(np.float32)})
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("mesh", "lora"),
     [(None, None), (EIGHT, None), (EIGHT, LoraConfig(rank=4))],

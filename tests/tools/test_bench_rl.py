@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,7 @@ from qwq_jax.chat import ChatTokenizer
 from qwq_jax.config.load import load_toml
 from qwq_jax.config.rl import RlConfig
 from qwq_jax.embedded import TINY_REASONER
-from tools.bench_rl import PEERS, Side, check, make_race, measure, parse, run
+from tools.bench_rl import PEERS, Side, check, make_race, measure, parse, run, shown_command
 from tools.rl_race import Race, Record, correct
 from tools.rl_race_report import Goal, Outcome, Pace, Setting, markdown, verdicts
 
@@ -161,10 +162,11 @@ def setting(config, **changed):
 
 def test_the_report_compares_our_slower_run_and_names_who_is_left_out(config):
     ours = outcome("qwq_jax", [9.0, 1.0, 1.0, 1.0], accuracies=[(3, 0.85)], process_seconds=14.0)
-    again = outcome("qwq_jax, after the peers", [9.0, 2.0, 2.0, 2.0])
+    again = replace(outcome("qwq_jax, after the peers", [9.0, 2.0, 2.0, 2.0]), speed_alone=True)
     trl = outcome("TRL", [5.0, 7.0, 7.0, 7.0], accuracies=[(4, 0.9)], process_seconds=33.0)
     text = markdown(setting(config), [ours, trl, Outcome("tunix", [], failure="left out: no --tunix-python"), again])
     assert "| qwq_jax | 4.0 | 1 | 200 | 50.0 | 3 | 11 | 14 | 50.0% | 85.0% |" in text
+    assert "| qwq_jax, after the peers | 2.0 | 1 | 100 | 50.0 | - | - | - | 50.0% | 50.0% |" in text
     assert "| TRL | 0.6 | 3.50 | 29 | 50.0 | 4 | 26 | 33 | 50.0% | 90.0% |" in text
     assert "- TRL: qwq_jax makes 3.50 times as many samples a second, at least 3; " in text
     assert "80% after 11 s, sooner than it with 26 s" in text
@@ -186,10 +188,18 @@ def test_a_race_that_is_lost_or_undecided_is_told_as_that(config, theirs, accura
     assert said in found
 
 
+def test_the_command_is_shown_without_places_of_one_machine():
+    given = ["--trl-python", "/home/me/trl/bin/python", "--workdir", "/tmp/x", "--set", "a=[1, 2]", "--limit", "9"]
+    shown = shown_command([*given, "--tunix-python", "/y/bin/python"])
+    assert shown == (
+        "python -m tools.bench_rl --trl-python TRL/bin/python --set 'a=[1, 2]' --limit 9 --tunix-python TUNIX/bin/python"
+    )
+
+
 def options(tmp_path, *more):
     settings = [part for each in TINY for part in ("--set", each)]
-    return parse([CONFIG, *settings, "--eval-every", "2", "--skip", "1", "--measure", "2", "--once", "--target", "1.0", "--threads", "1",
-                  "--workdir", str(tmp_path), *more])  # fmt: skip
+    measured = "--eval-every 2 --skip 1 --measure 2 --once --target 1.0 --threads 1".split()
+    return parse([CONFIG, *settings, *measured, "--workdir", str(tmp_path), *more])
 
 
 @pytest.mark.slow

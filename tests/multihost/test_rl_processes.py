@@ -1,0 +1,101 @@
+"""Reinforcement learning on two processes is that of one, and goes on bitwise whichever of them dies or is stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.jobs.rl_recipe import STEPS, assert_same_run, draws, order, stored_state, without_times, write_recipe
+from tests.multihost.launch import together
+
+MESH = ("--set", "mesh.data=2")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+def two(recipe: Path, output: Path, **moment: Any) -> list[int]:
+    """Two processes of one device; each keeps notes of its own."""
+    options = (*MESH, "--distributed", "--simulate-devices", "1")
+    text = order(recipe, output, *options, notes=f"{output}.notesINDEX", **moment).text()
+    ends = together("-m", "tests.jobs.rl_worker", "--here", text)
+    for end in ends:
+        print(end.stdout, end.stderr[-3000:])  # shown if the test fails
+    return [end.returncode for end in ends]
+
+
+@pytest.fixture(scope="module")
+def calm(recipe: Path) -> Path:
+    output = recipe.parent / "calm"
+    assert two(recipe, output) == [0, 0]
+    return output
+
+
+def one(recipe: Path, output: Path) -> None:
+    """One process of two devices."""
+    text = order(recipe, output, *MESH, "--simulate-devices", "2", notes=f"{output}.notes0").text()
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.jobs.rl_worker", text],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(ended.stdout.splitlines()[-1]) == [0], ended.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_two_processes_are_the_run_of_one(recipe: Path, calm: Path, tmp_path: Path) -> None:
+    """The same devices in one process: the same tokens and rewards, and parameters to the last bit."""
+    assert draws(calm, "0") == draws(calm, "1"), "both know the whole batch, and what every reply is worth"
+    one(recipe, tmp_path / "one")
+    alone, together_ = draws(tmp_path / "one", "0"), draws(calm, "0")
+    for step in range(1, STEPS + 1):
+        for name in ("cursors", "prompts", "tokens", "rewards"):
+            assert alone[step][name] == together_[step][name], (step, name)
+    states = [stored_state(output) for output in (calm, tmp_path / "one")]
+    for key, value in states[0].items():
+        # A sum of two is the same in either order.
+        np.testing.assert_array_equal(value, states[1][key], err_msg=key)
+    assert without_times(calm) == without_times(tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_killed_in_every_phase_two_processes_are_bitwise_the_same_run(recipe: Path, calm: Path, tmp_path: Path) -> None:
+    """Both in a rollout and while rewards are exchanged; the second in an update; the first while it saves."""
+    output = tmp_path / "run"
+    counts = json.loads(Path(f"{calm}.notes0.counts").read_text())
+    kill = {"signal": signal.SIGKILL}
+    both = [-signal.SIGKILL] * 2
+    middle = lambda step, phase: {"step": step, "phase": phase, "event": counts[f"{step} {phase}"] // 2}  # noqa: E731
+    assert two(recipe, output, **kill, **middle(1, "rollout")) == both
+    assert two(recipe, output, **kill, **middle(2, "reward")) == both
+    codes = two(recipe, output, **kill, **middle(3, "update"), process=1)
+    assert codes == [42, -signal.SIGKILL], "the first hears nothing of the second any more, and ends"
+    codes = two(recipe, output, **kill, **middle(4, "save"), process=0)
+    assert codes[0] == -signal.SIGKILL and codes[1] in (-signal.SIGABRT, 42)
+    assert two(recipe, output) == [0, 0]
+    assert_same_run(output, calm, notes="0")
+    assert draws(output, "0") == draws(output, "1")
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_one_process_asked_to_stop_stops_both_and_nothing_is_lost(recipe: Path, calm: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    moment = {"signal": signal.SIGTERM, "step": 2, "phase": "rollout", "event": 2, "process": 1}
+    assert two(recipe, output, **moment) == [42, 42]
+    assert 2 <= max(draws(output, "0")) < STEPS
+    assert two(recipe, output) == [0, 0]
+    assert_same_run(output, calm, notes="0")
