@@ -189,10 +189,10 @@ def test_a_race_that_is_lost_or_undecided_is_told_as_that(config, theirs, accura
 
 
 def test_the_command_is_shown_without_places_of_one_machine():
-    given = ["--trl-python", "/home/me/trl/bin/python", "--workdir", "/tmp/x", "--set", "a=[1, 2]", "--limit", "9"]
+    given = ["--trl-python", "/home/me/trl/bin/python", "--workdir", "/tmp/x", "--set", "a=[1, 2]", "--once"]
     shown = shown_command([*given, "--tunix-python", "/y/bin/python"])
     assert shown == (
-        "python -m tools.bench_rl --trl-python TRL/bin/python --set 'a=[1, 2]' --limit 9 --tunix-python TUNIX/bin/python"
+        "python -m tools.bench_rl --trl-python TRL/bin/python --set 'a=[1, 2]' --once --tunix-python TUNIX/bin/python"
     )
 
 
