@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qwq_jax.config.mesh import MeshConfig
@@ -35,6 +36,7 @@ _log = logging.getLogger(__name__)
 Axes = tuple[str | None, ...]
 
 MESH_AXES = ("data", "fsdp", "tensor")
+_AUTO = (AxisType.Auto,) * len(MESH_AXES)
 
 TRAIN: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
@@ -166,10 +168,24 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         _log.info(
             "the mesh uses %d of %d devices; mesh.data, mesh.fsdp and mesh.tensor make it larger", needed, len(devices)
         )
-    auto = (AxisType.Auto,) * len(MESH_AXES)
-    if needed == len(devices):  # lets jax order the devices along the machine's network
-        return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=auto)
-    return Mesh(np.asarray(devices[:needed]).reshape(shape), MESH_AXES, axis_types=auto)
+        return _mesh(np.asarray(devices[:needed]).reshape(shape))
+    try:  # lets jax order the devices along the machine's network
+        return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=_AUTO)
+    except NotImplementedError:  # an axis is no product of the network's own: it takes parts of these
+        return _mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True))
+
+
+def rearranged(mesh: Mesh, config: MeshConfig) -> Mesh:
+    """The devices of a mesh, in their order, as another mesh: one program can have arrays on both.
+
+    `make_mesh` may order the same devices otherwise for another shape, and a program knows its devices in one order.
+    """
+    assert config.size == mesh.devices.size, (config, mesh)
+    return _mesh(mesh.devices.reshape(config.data, config.fsdp, config.tensor))
+
+
+def _mesh(devices: np.ndarray) -> Mesh:
+    return Mesh(devices, MESH_AXES, axis_types=_AUTO)
 
 
 def train_layout(mesh: Mesh) -> Layout:

@@ -3,12 +3,14 @@
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from qwq_jax.config.mesh import MeshConfig
 from qwq_jax.model.spec import model_spec
-from qwq_jax.sharding import decode_layout, make_mesh, train_layout
+from qwq_jax.sharding import decode_layout, make_mesh, rearranged, train_layout
 
 
 def test_specs_of_a_weight():
@@ -64,6 +66,20 @@ def test_several_processes_must_use_every_device():
         make_mesh(MeshConfig(tensor=2), of_two_hosts)
     # Those of one process may be used in part.
     assert make_mesh(MeshConfig(tensor=2), jax.devices()).devices.size == 2
+
+
+def test_one_program_has_arrays_on_both_arrangements_of_its_devices():
+    """A network may give the devices an order for one shape that it would not give them for the other."""
+    around = [0, 1, 2, 3, 7, 6, 5, 4]
+    mesh = rearranged(make_mesh(MeshConfig(fsdp=8), [jax.devices()[i] for i in around]), MeshConfig(fsdp=8))
+    other = rearranged(mesh, MeshConfig(data=2, tensor=4))
+    assert [device.id for device in mesh.devices.flat] == [device.id for device in other.devices.flat] == around
+    x = jax.device_put(jnp.arange(64.0).reshape(8, 8), train_layout(mesh).sharding(("embed", "mlp")))
+    moved = jax.jit(lambda x: 2 * x, out_shardings=decode_layout(other).sharding(("embed", "mlp")))(x)
+    np.testing.assert_array_equal(moved, 2 * np.arange(64.0).reshape(8, 8))
+    place = decode_layout(make_mesh(MeshConfig(data=2, tensor=4))).sharding(("embed", "mlp"))
+    with pytest.raises(ValueError, match="incompatible devices"):
+        jax.jit(lambda x: 2 * x, out_shardings=place)(x)
 
 
 def test_every_parameter_has_a_place_on_every_mesh(tiny_config):

@@ -24,7 +24,7 @@ from qwq_jax.rl.learner import ForwardConfig, Rows, forward, make_policy_loss, m
 from qwq_jax.rl.optimizers import Optimizers
 from qwq_jax.rl.policy import Policy, RlState
 from qwq_jax.rl.reward_model import RewardModelScorer
-from qwq_jax.sharding import Layout, decode_layout, make_mesh
+from qwq_jax.sharding import Layout, decode_layout, make_mesh, rearranged
 from qwq_jax.train.metrics import METRICS
 from qwq_jax.train.state import Params, abstract_state, init_state
 from qwq_jax.train.weights import abstract_adapters, abstract_params, checkpoint_weights
@@ -165,8 +165,8 @@ def make_functions(
 
 
 def engine_layout(config: RlConfig, devices: Sequence[Any] | None = None) -> Layout:
-    """Where the engine's weights lie; `devices` are all by default."""
-    return decode_layout(make_mesh(config.decode_mesh or config.mesh, devices))
+    """Where the engine's weights lie; `devices` are all by default. Weights come from training in one program."""
+    return decode_layout(rearranged(make_mesh(config.mesh, devices), config.decode_mesh or config.mesh))
 
 
 def engine_settings(config: RlConfig) -> EngineConfig:
