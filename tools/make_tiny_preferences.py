@@ -1,6 +1,6 @@
 """Write pairs of replies of the embedded model to arithmetic problems: of each problem a right one and a wrong one.
 
-python tools/make_tiny_preferences.py out/tiny-preferences --count 3000 --held-out 300
+python tools/make_tiny_preferences.py out/tiny-preferences --count 1200 --held-out 200
 
 Makes OUT/checkpoint, the embedded model; OUT/train.jsonl and OUT/held_out.jsonl, as `qwq-jax dpo` and `qwq-jax
 reward-model` read them. Replies are drawn by the model itself; problems that it solves always or never give no pair.
@@ -62,9 +62,9 @@ def main() -> None:
     """Parse the command line and write the files."""
     parser = argparse.ArgumentParser(description="Draw pairs of right and wrong replies from the embedded model.")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--count", type=int, default=3000, help="problems to train on")
-    parser.add_argument("--held-out", type=int, default=300)
-    parser.add_argument("--samples", type=int, default=8, help="replies to each")
+    parser.add_argument("--count", type=int, default=1200, help="problems to train on")
+    parser.add_argument("--held-out", type=int, default=200)
+    parser.add_argument("--samples", type=int, default=6, help="replies to each")
     parser.add_argument("--seed", type=int, default=21)
     options = parser.parse_args()
     checkpoint = str(options.output / "checkpoint")

@@ -301,25 +301,33 @@ def summary(memory: Memory) -> str:
     return f"{', '.join(phases)} GB of the {memory.usable / GB:.1f} GB of a chip"
 
 
+def description(name: str, config: RlConfig) -> str:
+    """What was measured, as far as it decides the figures: a recipe that changes must be measured again."""
+    target, mesh, decode = RECIPES[name], config.mesh, config.decode_mesh or config.mesh
+    replicas, tokens = decode.data * decode.fsdp, (config.engine.num_pages or 0) * config.engine.page_size
+    reward_model = f", with a reward model like {target.reward_model}" if target.reward_model else ""
+    adapters = f", adapters of rank {config.lora.rank}" if config.lora else ""
+    row_length = config.row_length or config.rollout.max_prompt_tokens + config.rollout.max_tokens
+    return (
+        f"`configs/rl/{name}.toml` on `{target.topology}`: {target.model}{adapters}{reward_model}. Training: data "
+        f"{mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}, {config.rows_per_micro_batch} rows of {row_length:,} "
+        f"tokens at a time, log-probabilities of {config.logprob_chunk} of them. Engine: data {replicas} x tensor "
+        f"{decode.tensor}, each replica with {config.engine.max_sequences} rows, {tokens:,} tokens of cache "
+        f"({config.engine.cache_dtype or 'bfloat16'}) and {config.engine.prefill_chunk:,} tokens of prompts a step. "
+        f"Completions of up to {config.rollout.max_tokens:,} tokens."
+    )
+
+
 def section(name: str, config: RlConfig, memory: Memory) -> str:
     """One recipe's part of the report, in Markdown."""
-    target, mesh, decode = RECIPES[name], config.mesh, config.decode_mesh or config.mesh
-    tokens = (config.engine.num_pages or 0) * config.engine.page_size
-    rows = [("programs" if key == "programs" else key, size) for key, size in memory.held.items()]
     lines = [
         f"## {name}",
         "",
-        f"`configs/rl/{name}.toml` on `{target.topology}`, {target.model}"
-        + (f", with a reward model like {target.reward_model}" if target.reward_model else "")
-        + f". Training: data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}, "
-        f"{config.rows_per_micro_batch} rows of {_row_length(config):,} tokens at a time. Engine: data "
-        f"{decode.data * decode.fsdp} x tensor {decode.tensor}, {config.engine.max_sequences} rows and {tokens:,} "
-        f"tokens of cache in each of {decode.data * decode.fsdp} replicas; completions of up to "
-        f"{config.rollout.max_tokens:,} tokens.",
+        description(name, config),
         "",
         "| on each chip | GB |",
         "|---|---|",
-        *(f"| {key}, always | {size / GB:.2f} |" for key, size in rows),
+        *(f"| {key}, always | {size / GB:.2f} |" for key, size in memory.held.items()),
         *(f"| {key}, while it draws | {size / GB:.2f} |" for key, size in memory.engine.items()),
         f"| gradients, while it learns | {memory.gradients / GB:.2f} |",
         *(
@@ -327,16 +335,12 @@ def section(name: str, config: RlConfig, memory: Memory) -> str:
             for key, needs in memory.programs.items()
         ),
         "",
-        "| phase | GB | of the usable " + f"{memory.usable / GB:.2f} GB |",
+        f"| phase | GB | of the usable {memory.usable / GB:.2f} GB |",
         "|---|---|---|",
-        *(f"| {key} | {size / GB:.2f} | {size / memory.usable:.0%} |" for key, size in memory.phases.items()),
+        *(f"| {key} | {size / GB:.2f} | {size / memory.usable:.1%} |" for key, size in memory.phases.items()),
         "",
     ]
     return "\n".join(lines)
-
-
-def _row_length(config: RlConfig) -> int:
-    return config.row_length or config.rollout.max_prompt_tokens + config.rollout.max_tokens
 
 
 HEAD = """# What the recipes of reinforcement learning take of a chip's memory

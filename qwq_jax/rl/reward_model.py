@@ -17,6 +17,9 @@ import numpy as np
 from qwq_jax.chat import ChatTokenizer
 from qwq_jax.checkpoint.directory import explained
 from qwq_jax.checkpoint.store import Checkpoint, open_checkpoint
+from qwq_jax.config.frozen import Frozen
+from qwq_jax.config.json_line import load_json_line
+from qwq_jax.config.load import build
 from qwq_jax.config.lora import LoraConfig
 from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.preference import BradleyTerryConfig
@@ -40,6 +43,10 @@ _TAKEN_OFF = "head.kernel"
 READING_FILE = "reward_model.json"
 # Of tokenizer.json, what does not change the tokens of a text.
 _NO_TOKENS = {"version", "truncation", "padding"}
+
+
+class _Reading(Frozen):
+    thoughts: bool
 
 
 def with_scalar_head(config: ModelConfig) -> ModelConfig:
@@ -91,7 +98,7 @@ def make_reward_loss(values: Callable[[Params, TrainBatch], jax.Array], objectiv
 
 def reading_file(objective: BradleyTerryConfig) -> dict[str, bytes]:
     """The file beside the weights that says what the model reads of a reply."""
-    return {READING_FILE: (json.dumps({"thoughts": objective.thoughts}) + "\n").encode()}
+    return {READING_FILE: (_Reading(thoughts=objective.thoughts).model_dump_json() + "\n").encode()}
 
 
 @dataclass(frozen=True)
@@ -169,11 +176,21 @@ def _check_scores(checkpoint: Checkpoint, config: RewardModelConfig, policy: Cha
     if policy.vocab_size > checkpoint.config.vocab_size:
         raise ValueError(f"{path} has {checkpoint.config.vocab_size} tokens, and the tokenizer {policy.vocab_size}")
     if READING_FILE in checkpoint.manifest.files:
-        with explained(f"cannot read {path}"):
-            reads = json.loads(checkpoint.directory.read(READING_FILE))["thoughts"]
+        reads = _read_reading(checkpoint).thoughts
         if reads is not config.thoughts:
             told = "with their thoughts" if reads else "without their thoughts"
             raise ValueError(f"{path} was trained on replies {told}: set thoughts = {str(reads).lower()}")
+
+
+def _read_reading(checkpoint: Checkpoint) -> _Reading:
+    where = f"{checkpoint.path}/{READING_FILE}"
+    with explained(f"cannot read {where}"):
+        raw = checkpoint.directory.read(READING_FILE)
+    try:
+        content = load_json_line(raw)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return build(_Reading, content, source=where)
 
 
 def _tokens(tokenizer: ChatTokenizer) -> dict[str, Any]:

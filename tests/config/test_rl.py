@@ -29,7 +29,12 @@ def test_defaults_fit_together():
     assert config.critic_or_default is None
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs/rl").glob("*.toml")), ids=lambda path: path.stem)
+RECIPES = [
+    path for path in sorted(Path("configs/rl").glob("*.toml")) if not path.stem.endswith(("dpo", "reward_model"))
+]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_can_be_read(path):
     config = load_toml(path, RlConfig)
     first = path.read_text().splitlines()[0]

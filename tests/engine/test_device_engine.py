@@ -235,6 +235,7 @@ def test_a_vocabulary_that_the_mesh_divides_is_sharded_and_changes_nothing(
     assert one == many
 
 
+@pytest.mark.slow
 def test_log_probabilities_move_with_the_rounding_of_the_cache(
     tiny_config: ModelConfig, params: Params, prompts: list[tuple[int, ...]]
 ) -> None:
@@ -266,6 +267,7 @@ def test_an_8_bit_cache_answers_alike_whatever_its_pages(
     assert answers[0] == answers[1] == answers[2]
 
 
+@pytest.mark.slow
 def test_tokens_drawn_at_guesses_follow_the_exact_distribution(tiny_config: ModelConfig, params: Params) -> None:
     """Chi-square of the token after a guess, accepted or not, at temperature 1."""
     stats = pytest.importorskip("scipy.stats")

@@ -206,6 +206,7 @@ QUICK = ("reference and adapters", "critic")
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in OTHERS if name not in QUICK)]
 )
@@ -227,6 +228,7 @@ def test_other_runs_resume_bitwise_too(recipe, tmp_path, name):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_any_mesh_draws_the_same_tokens(recipe, whole, tmp_path):
     output = tmp_path / "run"
     mesh = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "decode_mesh.data=4", "decode_mesh.tensor=2"]

@@ -87,6 +87,7 @@ def test_an_8_bit_cache_is_as_exact_as_its_type(dtype, bound, rng):
     assert error.max() > 0
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     decode=st.lists(st.tuples(st.integers(0, 40), st.booleans()), min_size=4, max_size=4),

@@ -69,7 +69,7 @@ def compile_paged(chip, tensor, dtype, page=128):
     return jax.jit(step, donate_argnums=3).lower(array((tokens, N, H), bf16), new, new, layer, batch).compile(), layer
 
 
-@pytest.mark.parametrize("tensor", [1, 2, 4, 8])
+@pytest.mark.parametrize("tensor", [8, *(pytest.param(size, marks=pytest.mark.exhaustive) for size in (1, 2, 4))])
 @pytest.mark.parametrize("chip", CHIPS)
 def test_paged_attention_compiles_for_every_shard(chip, tensor):
     compiled, layer = compile_paged(chip, tensor, "bfloat16")

@@ -223,6 +223,8 @@ def test_gradients_follow_from_those_of_the_merged_kernels(tiny_config, base, pa
                 np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.abs(want).max(), err_msg=name)
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mesh", MESHES[:2], ids=name_of)
 def test_micro_batches_remat_and_the_mesh_do_not_change_gradients(tiny_config, base, packed, mesh):
     lora, adapters = LORAS[0], trained(tiny_config, LORAS[0])

@@ -147,7 +147,7 @@ def test_on_a_terminal_it_is_live_and_the_log_goes_above_it(monkeypatch):
     logger.addHandler(handler)
     try:
         console = Console(file=screen, force_terminal=True, width=100)
-        with Dashboard("run", steps=2, console=console) as dashboard:
+        with Dashboard("run", steps=2, console=console, clock=lambda: 0.0) as dashboard:
             dashboard.phase("rollout")
             dashboard.update(1, {"reward": 0.25})
             logger.warning("a word in between")

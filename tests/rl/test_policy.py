@@ -220,6 +220,8 @@ def test_a_batch_in_which_nothing_counts_changes_nothing(made):
         np.testing.assert_array_equal(value, state.policy.params[name])
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_reference_costs_nothing_at_first(made):
     run = made(objective={"name": "grpo"}, rollout={"temperature": 0.6})
     batch = run.rollouts().batch(run.prompts, 0, step=1, refill=False)

@@ -174,6 +174,10 @@ def test_models_that_cannot_score_this_policy_are_refused(checkpoint, tmp_path):
     language_model = stack(random_params(MODEL, jax.random.key(0)), MODEL.num_layers)
     refused(write(tmp_path / "lm", MODEL, language_model), "is a language model, not a reward model: train one with")
     other = ChatTokenizer.from_directory(write_tokenizer(tmp_path / "other", THINKING))
+    odd = write(
+        tmp_path / "odd", with_scalar_head(MODEL), random_reward_model(MODEL), files={"reward_model.json": b"{}"}
+    )
+    refused(odd, "odd/checkpoint/reward_model.json: thoughts: missing")
     refused(checkpoint, "has another chat template than the policy in .*/other", policy=other)
     content = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
     content["model"]["merges"] = [["a", "b"]]

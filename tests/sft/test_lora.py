@@ -89,6 +89,7 @@ def whole(recipe) -> Path:
     return recipe.parent / "whole"
 
 
+@pytest.mark.slow
 def test_a_run_learns_with_a_state_of_adapters_only(whole):
     records = read_records(whole / "metrics.jsonl")
     assert records[-1]["loss"] < 0.8 * records[0]["loss"]
