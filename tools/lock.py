@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 # What the tests and the command line use on a machine without an accelerator.
-EXTRAS = ("dev",)
+EXTRAS = ("dev", "rl")
 # Needed to install the project itself without a network.
 BUILD = ("setuptools",)
 

@@ -103,11 +103,11 @@ def test_the_export_is_a_reward_model_to_transformers_and_scores_the_same(checkp
     assert isinstance(model, Qwen2ForSequenceClassification) and model.config.num_labels == 1
     theirs = huggingface_scores(model, conversations)
     assert theirs.std() > 0.5
-    scorer = opened(checkpoint)
+    scorer = opened(checkpoint, row_length=32)
     ours = scorer.scores(conversations)
     assert ours.dtype == np.float32
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    # In rows of 64 slots 13 conversations need several micro-batches; none knows of another.
+    # Four rows of 32 slots do not take 13 conversations: there are several micro-batches, and none knows of another.
     backwards = scorer.scores(conversations[::-1])
     np.testing.assert_allclose(backwards[::-1], ours, atol=1e-6)
     np.testing.assert_allclose(np.concatenate([scorer.scores([each]) for each in conversations]), ours, atol=1e-6)
