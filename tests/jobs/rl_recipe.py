@@ -72,10 +72,10 @@ temperature = 1.0
 kind = "file"
 path = "{folder}/held_out.jsonl"
 [engine]
-max_sequences = 16
+max_sequences = 8
 page_size = 8
-prefill_chunk = 128
-max_prefill_sequences = 16
+prefill_chunk = 32
+max_prefill_sequences = 8
 [optimizer]
 learning_rate = 1e-3
 warmup_steps = 2

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.jobs.rl_recipe import STEPS, assert_same_run, draws, order, stored_state, without_times, write_recipe
+from tests.jobs.rl_recipe import assert_same_run, draws, order, stored_state, without_times, write_recipe
 from tests.multihost.launch import together
 
-MESH = ("--set", "mesh.data=2")
+STEPS = 4
+SETTINGS = ("--set", "mesh.data=2", "--set", f"stop_after={STEPS}")
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def two(recipe: Path, output: Path, **moment: Any) -> list[int]:
     """Two processes of one device; each keeps notes of its own."""
-    options = (*MESH, "--distributed", "--simulate-devices", "1")
+    options = (*SETTINGS, "--distributed", "--simulate-devices", "1")
     text = order(recipe, output, *options, notes=f"{output}.notesINDEX", **moment).text()
     ends = together("-m", "tests.jobs.rl_worker", "--here", text)
     for end in ends:
@@ -41,7 +42,7 @@ def calm(recipe: Path) -> Path:
 
 def one(recipe: Path, output: Path) -> None:
     """One process of two devices."""
-    text = order(recipe, output, *MESH, "--simulate-devices", "2", notes=f"{output}.notes0").text()
+    text = order(recipe, output, *SETTINGS, "--simulate-devices", "2", notes=f"{output}.notes0").text()
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     ended = subprocess.run(
         [sys.executable, "-m", "tests.jobs.rl_worker", text],
@@ -63,7 +64,7 @@ def test_two_processes_are_the_run_of_one(recipe: Path, calm: Path, tmp_path: Pa
     for step in range(1, STEPS + 1):
         for name in ("cursors", "prompts", "tokens", "rewards"):
             assert alone[step][name] == together_[step][name], (step, name)
-    states = [stored_state(output) for output in (calm, tmp_path / "one")]
+    states = [stored_state(output, STEPS) for output in (calm, tmp_path / "one")]
     for key, value in states[0].items():
         # A sum of two is the same in either order.
         np.testing.assert_array_equal(value, states[1][key], err_msg=key)
@@ -72,30 +73,25 @@ def test_two_processes_are_the_run_of_one(recipe: Path, calm: Path, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-def test_killed_in_every_phase_two_processes_are_bitwise_the_same_run(recipe: Path, calm: Path, tmp_path: Path) -> None:
-    """Both in a rollout and while rewards are exchanged; the second in an update; the first while it saves."""
+def test_stopped_in_every_phase_two_processes_are_bitwise_the_same_run(
+    recipe: Path, calm: Path, tmp_path: Path
+) -> None:
+    """Both die in a rollout, and while rewards are exchanged; then the second in an update, the first while it saves.
+
+    In between the second is asked to stop, and both do.
+    """
     output = tmp_path / "run"
     counts = json.loads(Path(f"{calm}.notes0.counts").read_text())
-    kill = {"signal": signal.SIGKILL}
-    both = [-signal.SIGKILL] * 2
+    kill, both = {"signal": signal.SIGKILL}, [-signal.SIGKILL] * 2
     middle = lambda step, phase: {"step": step, "phase": phase, "event": counts[f"{step} {phase}"] // 2}  # noqa: E731
     assert two(recipe, output, **kill, **middle(1, "rollout")) == both
     assert two(recipe, output, **kill, **middle(2, "reward")) == both
+    assert two(recipe, output, signal=signal.SIGTERM, **middle(1, "rollout"), process=1) == [42, 42]
+    assert max(draws(output, "0")) < STEPS, "not at once, but soon"
     codes = two(recipe, output, **kill, **middle(3, "update"), process=1)
     assert codes == [42, -signal.SIGKILL], "the first hears nothing of the second any more, and ends"
     codes = two(recipe, output, **kill, **middle(4, "save"), process=0)
     assert codes[0] == -signal.SIGKILL and codes[1] in (-signal.SIGABRT, 42)
     assert two(recipe, output) == [0, 0]
-    assert_same_run(output, calm, notes="0")
+    assert_same_run(output, calm, steps=STEPS, notes="0")
     assert draws(output, "0") == draws(output, "1")
-
-
-@pytest.mark.slow
-@pytest.mark.exhaustive
-def test_one_process_asked_to_stop_stops_both_and_nothing_is_lost(recipe: Path, calm: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    moment = {"signal": signal.SIGTERM, "step": 2, "phase": "rollout", "event": 2, "process": 1}
-    assert two(recipe, output, **moment) == [42, 42]
-    assert 2 <= max(draws(output, "0")) < STEPS
-    assert two(recipe, output) == [0, 0]
-    assert_same_run(output, calm, notes="0")

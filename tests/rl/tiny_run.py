@@ -76,10 +76,10 @@ def make_config(base: str, output: Path | str, **changes: Any) -> RlConfig:
             "max_tokens": COMPLETION,
         },
         "engine": {
-            "max_sequences": 16,
+            "max_sequences": 8,
             "page_size": 8,
-            "prefill_chunk": 64,
-            "max_prefill_sequences": 16,
+            "prefill_chunk": 32,
+            "max_prefill_sequences": 8,
             "max_context": PROMPT + COMPLETION,
         },
         "objective": {"name": "dr_grpo"},
