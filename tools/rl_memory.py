@@ -110,17 +110,20 @@ class Memory:
     def phases(self) -> dict[str, int]:
         """The most that is taken in each phase of a step."""
         held, engine = sum(self.held.values()), sum(self.engine.values())
-        temporaries = {name: needs.temporaries + needs.result for name, needs in self.programs.items()}
-        of = lambda *names: max((temporaries[name] for name in names if name in temporaries), default=0)  # noqa: E731
-        phases = {
-            "rollout": held + engine + of("decode", "prompts"),
-            "reward": held + engine + of("reward model"),
-            "log-probabilities": held + of("log-probabilities", "reference"),
-            "gradient": held + self.gradients + of("gradient"),
-            "update": held + self.gradients + of("update"),
-            "sync": held + of("sync"),  # its result is the engine's weights
+        during = {
+            "rollout": (held + engine, ("decode", "prompts")),
+            "reward": (held + engine, ("reward model",)),
+            "log-probabilities": (held, ("log-probabilities", "reference")),
+            "gradient": (held + self.gradients, ("gradient",)),
+            "update": (held + self.gradients, ("update",)),
+            "sync": (held, ("sync",)),  # its result is the engine's weights
         }
-        return phases if "reward model" in self.programs else {k: v for k, v in phases.items() if k != "reward"}
+        taken = {name: needs.temporaries + needs.result for name, needs in self.programs.items()}
+        return {
+            phase: there + max(taken[name] for name in names if name in taken)
+            for phase, (there, names) in during.items()
+            if any(name in taken for name in names)
+        }
 
     @property
     def peak(self) -> int:

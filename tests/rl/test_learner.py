@@ -211,6 +211,18 @@ def test_a_neighbour_changes_nothing_at_all(params, segments):
     assert np.abs(results[0][1] - results[1][1]).max() > 0.1
 
 
+def test_what_stands_in_the_padding_changes_nothing_at_all(params, segments):
+    arranged = rows_of(rows=4)
+    packed = next(iter(arranged.plan(segments[:3]).micro_batches(segments[:3])))
+    padding = packed.segment_ids == 0
+    assert 0.2 < padding.mean() < 0.9
+    strange = replace(packed, tokens=np.where(padding, 77, packed.tokens), targets=np.where(padding, 5, packed.targets))
+    run, placed = jax.jit(forward(MODEL, arranged.layout, FORWARD)), place(params, arranged.layout)
+    plain, other = (np.asarray(run(placed, arranged.place(each))[0]) for each in (packed, strange))
+    np.testing.assert_array_equal(plain[~padding], other[~padding])
+    assert (plain[padding] != other[padding]).any()
+
+
 def test_log_probabilities_are_those_of_float64(params, segments):
     """Of the softmax at the temperature, from the hidden states: the closed form, in numpy."""
     arranged = rows_of(rows=4)
