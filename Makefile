@@ -4,8 +4,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 TINY := out/tiny-reasoner
 SHIPPED := qwq_jax/embedded/tiny-reasoner
+STAGES := out/tiny-stages
 
-.PHONY: help demo test test-slow test-exhaustive lint format bench install tiny-reasoner
+.PHONY: help demo test test-slow test-exhaustive lint format bench install tiny-reasoner tiny-stages
 
 BIN := .venv/bin
 WORKERS ?= 2
@@ -23,6 +24,7 @@ help:
 	@echo "make lint       style and types"
 	@echo "make format     let ruff put style right"
 	@echo "make tiny-reasoner  trains the embedded model again, from nothing"
+	@echo "make tiny-stages    QwQ's two stages of reinforcement learning on the embedded model"
 	@echo "make bench      the benchmarks in tools/"
 
 $(INSTALLED): requirements.lock pyproject.toml tools/install.sh
@@ -51,7 +53,7 @@ format: $(INSTALLED)
 	@$(BIN)/ruff format .
 
 bench: $(INSTALLED)
-	$(call timed,for benchmark in $(wildcard tools/bench_*.py); do echo "== $$benchmark"; $(BIN)/python $$benchmark; done)
+	$(call timed,for benchmark in $(wildcard tools/bench_*.py); do echo "== $$benchmark"; $(BIN)/python -m tools.$$(basename $$benchmark .py); done)
 
 # The recipe of the embedded model: data, tokenizer, training, export into the package.
 tiny-reasoner: $(INSTALLED)
@@ -62,3 +64,13 @@ tiny-reasoner: $(INSTALLED)
 		&& rm -rf $(SHIPPED).new \
 		&& $(BIN)/qwq-jax export $$(ls -d $(TINY)/run/model-* | tail -n 1) $(SHIPPED).new \
 		&& rm -rf $(SHIPPED) && mv $(SHIPPED).new $(SHIPPED); })
+
+# QwQ's two stages in their tiny form; each command goes on where it was interrupted.
+tiny-stages: $(INSTALLED)
+	$(call timed,{ $(BIN)/python tools/make_tiny_stages.py $(STAGES) \
+		&& $(BIN)/qwq-jax sft configs/rl/tiny_stages/cold_start.toml \
+		&& $(BIN)/python tools/make_tiny_preferences.py $(STAGES)/preferences --model $$(ls -d $(STAGES)/cold-start/model-*) \
+		&& $(BIN)/qwq-jax reward-model configs/rl/tiny_stages/reward_model.toml \
+		&& $(BIN)/qwq-jax rl configs/rl/tiny_stages/stage1.toml \
+		&& $(BIN)/qwq-jax rl configs/rl/tiny_stages/stage2.toml \
+		&& $(BIN)/python -m tools.tiny_stages_report $(STAGES) --write docs/benchmarks/tiny_stages.md; })

@@ -1,9 +1,10 @@
-"""Write pairs of replies of the embedded model to arithmetic problems: of each problem a right one and a wrong one.
+"""Write pairs of replies of a small model to arithmetic problems: of each problem a right one and a wrong one.
 
 python tools/make_tiny_preferences.py out/tiny-preferences --count 1200 --held-out 200
 
-Makes OUT/checkpoint, the embedded model; OUT/train.jsonl and OUT/held_out.jsonl, as `qwq-jax dpo` and `qwq-jax
-reward-model` read them. Replies are drawn by the model itself; problems that it solves always or never give no pair.
+Makes OUT/train.jsonl and OUT/held_out.jsonl, as `qwq-jax dpo` and `qwq-jax reward-model` read them. Replies are drawn
+by the model itself, the embedded one unless another is given (and OUT/checkpoint, if it had to be converted); problems
+that it solves always or never give no pair.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qwq_jax.chat import ChatTokenizer
+from qwq_jax.checkpoint.store import MARKER
 from qwq_jax.config.engine import EngineConfig
 from qwq_jax.config.sampling import SamplingParams
 from qwq_jax.embedded import TINY_REASONER
@@ -62,13 +64,16 @@ def main() -> None:
     """Parse the command line and write the files."""
     parser = argparse.ArgumentParser(description="Draw pairs of right and wrong replies from the embedded model.")
     parser.add_argument("output", type=Path)
+    parser.add_argument("--model", default=str(TINY_REASONER), help="draws the replies; the embedded one unless given")
     parser.add_argument("--count", type=int, default=1200, help="problems to train on")
     parser.add_argument("--held-out", type=int, default=200)
     parser.add_argument("--samples", type=int, default=6, help="replies to each")
     parser.add_argument("--seed", type=int, default=21)
     options = parser.parse_args()
-    checkpoint = str(options.output / "checkpoint")
-    convert(str(TINY_REASONER), checkpoint)
+    checkpoint = options.model
+    if not (Path(checkpoint) / MARKER).exists():
+        checkpoint = str(options.output / "checkpoint")
+        convert(options.model, checkpoint)
     for name, split, count in (
         ("train", Split.TRAIN, options.count),
         ("held_out", Split.HELD_OUT, options.held_out),

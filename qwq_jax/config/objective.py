@@ -228,6 +228,11 @@ class ObjectiveConfig(Frozen):
         return self.kl != "none"
 
     @property
+    def learns_by_advantage_alone(self) -> bool:
+        """Whether a completion whose advantages are all zero has no gradient."""
+        return not (self.uses_critic or self.entropy_coefficient or self.kl in ("k2_loss", "k3_loss"))
+
+    @property
     def advantage_by_token(self) -> bool:
         """Whether the tokens of one completion may have different advantages."""
         return self.uses_critic or (self.baseline == "none" and self.kl == "k1_reward")

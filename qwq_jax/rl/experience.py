@@ -102,14 +102,15 @@ def segments_of(
 ) -> list[Segment]:
     """One update's sequences, with the `columns` of their trained tokens, the engine's log-probabilities and weights.
 
-    Completions that do not count are left out: they cost time and change nothing.
+    Completions that do not count are left out, and so are those that have no gradient (all of a group of equal rewards,
+    where only advantages teach): they cost time and change nothing. The latter stay in the denominators.
     """
     indices = list(indices)
     lengths = [experience.lengths[i] for i in indices]
     weights = token_weights(objective.aggregation, lengths, kept=experience.kept[indices], longest=longest)
     segments = []
     for i, weight in zip(indices, weights, strict=True):
-        if not weight:
+        if not weight or (objective.learns_by_advantage_alone and not columns["advantages"][i].any()):
             continue
         tokens, trained = experience.sequence(i)
         sample = experience.samples[i]

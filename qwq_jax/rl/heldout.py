@@ -35,7 +35,7 @@ class HeldOut:
     directory: epath.Path | None = None
 
     def measure(self, step: int) -> dict[str, float]:
-        """Answers all tasks; gives ``eval_accuracy``, ``eval_reward``, ``eval_length`` and accuracies by source."""
+        """Answers all tasks; gives ``eval_accuracy``, ``eval_reward`` and ``eval_length``, the former by source too."""
         named = [(f"evaluation/{index}", prompt) for index, prompt in enumerate(self.prompts)]
         groups = self.rollouts.draw(named, {}, params=self.params)
         assert groups is not None
@@ -66,6 +66,7 @@ def measures_of(evaluation: Evaluation) -> dict[str, float]:
     if accuracy in total.measures:
         found["eval_accuracy"] = total.measures[accuracy].value
     for row in evaluation.rows[1:]:
+        found[f"eval_reward/{row.source}"] = row.measures["reward"].value
         if accuracy in row.measures:
             found[f"eval_accuracy/{row.source}"] = row.measures[accuracy].value
     return found

@@ -225,6 +225,7 @@ def test_hub(tmp_path: Path, low_disk: bool) -> None:
     assert export(str(tmp_path / "ours"), str(tmp_path / "back")).verified == 27
 
 
+@pytest.mark.slow
 def test_low_disk_leaves_what_the_user_had(tmp_path: Path) -> None:
     source = make_source(tmp_path / "hf", dtype="bfloat16", shards=3)
     home = tmp_path / "home"
@@ -248,6 +249,7 @@ def test_low_disk_deletes_what_a_killed_run_downloaded(tmp_path: Path) -> None:
     assert sum(p.stat().st_size for p in home.rglob("*") if p.is_file()) < 20_000
 
 
+@pytest.mark.slow
 def test_low_disk_deletes_the_file_of_a_tied_head(tmp_path: Path) -> None:
     """It is read to be compared, and holds nothing to convert."""
     config = model_config(tied=True, num_layers=1)

@@ -23,9 +23,7 @@ from qwq_jax.sharding import decode_layout, make_mesh
 LENGTHS = (1, 2, 5, 16, 17, 33, 50, 64)
 MESHES = [
     MeshConfig(),
-    MeshConfig(data=8),
-    MeshConfig(data=2, tensor=4),
-    MeshConfig(tensor=8),
+    *(pytest.param(MeshConfig(**axes), marks=pytest.mark.slow) for axes in ({"data": 8}, {"tensor": 8})),
     MeshConfig(data=2, fsdp=2, tensor=2),
 ]
 
@@ -161,7 +159,7 @@ def test_every_mesh_gives_the_same_tokens(
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"max_sequences": 1, "max_prefill_sequences": 1},
+        pytest.param({"max_sequences": 1, "max_prefill_sequences": 1}, marks=pytest.mark.slow),
         {"page_size": 4, "prefill_chunk": 7},
         {"num_pages": 24, "page_size": 4, "prefix_cache": False},
     ],

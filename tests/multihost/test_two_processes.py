@@ -58,6 +58,7 @@ def test_each_process_reads_only_its_part(tmp_path: Path) -> None:
             assert seen[f"{name} {shard.index}"] == digest
 
 
+@pytest.mark.slow
 def test_processes_that_see_different_checkpoints_are_refused(tmp_path: Path) -> None:
     checkpoint = tmp_path / "0" / "step_00000003"
     checkpoint.mkdir(parents=True)

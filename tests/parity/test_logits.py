@@ -66,7 +66,7 @@ def test_yarn_changes_the_logits():
     assert np.abs(our_logits(on) - our_logits(off)).max() > 0.05
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(tensor=8), MeshConfig(fsdp=8)])
+@pytest.mark.parametrize("mesh", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(tensor=8)])
 def test_sharded_logits_equal_unsharded(mesh: MeshConfig, tiny_config: ModelConfig):
     from qwq_jax.model.params import random_params
 

@@ -144,17 +144,14 @@ def test_on_a_terminal_it_is_live_and_the_log_goes_above_it(monkeypatch):
     monkeypatch.setattr(sys, "stderr", errors)
     handler = logging.StreamHandler(sys.stderr)
     logger = logging.getLogger()
-    logger.addHandler(handler)
-    try:
-        console = Console(file=screen, force_terminal=True, width=100)
-        with Dashboard("run", steps=2, console=console, clock=lambda: 0.0) as dashboard:
-            dashboard.phase("rollout")
-            dashboard.update(1, {"reward": 0.25})
-            logger.warning("a word in between")
-            dashboard.update(2, {"reward": 0.75})
-        logger.warning("after it")
-    finally:
-        logger.removeHandler(handler)
+    monkeypatch.setattr(logger, "handlers", [handler])  # alone: a command tested before may have left its own
+    console = Console(file=screen, force_terminal=True, width=100)
+    with Dashboard("run", steps=2, console=console, clock=lambda: 0.0) as dashboard:
+        dashboard.phase("rollout")
+        dashboard.update(1, {"reward": 0.25})
+        logger.warning("a word in between")
+        dashboard.update(2, {"reward": 0.75})
+    logger.warning("after it")
     assert "step 0 of 2 · at rollout" in screen.getvalue() and "step 1 of 2 · at" not in screen.getvalue()
     assert "a word in between" in screen.getvalue() and "0.75" in screen.getvalue()
     assert errors.getvalue() == "after it\n"

@@ -84,6 +84,29 @@ def test_a_group_that_differs_only_in_what_is_masked_is_dropped_too():
     assert not gather([make_group(0, *samples)], objective).kept.any()
 
 
+@pytest.mark.parametrize(
+    ("changes", "left"),
+    [
+        ({}, 2),
+        ({"kl": "k1_reward", "kl_coefficient": 0.1}, 2),
+        ({"kl": "k2_loss", "kl_coefficient": 0.1}, 4),
+        ({"kl": "k3_loss", "kl_coefficient": 0.1}, 4),
+        ({"entropy_coefficient": 0.1}, 4),
+        ({"baseline": "critic", "scale": "none"}, 4),
+    ],
+)
+def test_completions_without_a_gradient_are_left_out_where_only_advantages_teach(changes, left):
+    alike = make_group(0, make_sample([5, END], 0.7), make_sample([6, END], 0.7, index=1))
+    telling = make_group(1, make_sample([5, END], 0.0), make_sample([6, END], 0.7, index=1))
+    objective = ObjectiveConfig(**({"name": "grpo", "kl": "none"} | changes))
+    experience = gather([alike, telling], objective)
+    columns = {"advantages": [np.full(n, 0.0 if i < 2 else 1.0) for i, n in enumerate(experience.lengths)]}
+    parts = segments(experience, objective, columns=columns)
+    assert len(parts) == left
+    # They are in the denominator none the less.
+    assert all(part.columns["weights"][part.trained] == pytest.approx(1 / 4 / 2) for part in parts)
+
+
 def test_columns_stand_at_the_tokens_they_belong_to():
     groups = random_groups(2)
     experience = gather(groups, DAPO)

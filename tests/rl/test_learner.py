@@ -70,13 +70,13 @@ def place(params, layout):
     return {path: jax.device_put(x, shardings[path]) for path, x in params.items()}
 
 
-def updated(params, segments, *, mesh=None, rows=8, optimizer=None):
+def updated(params, segments, *, mesh=None, rows=8, optimizer=None, objective=OBJECTIVE):
     """Parameters after one step down the gradient, and the record of it."""
     arranged = rows_of(mesh, rows=rows)
     optimizer = optimizer or optax.sgd(1.0)
     state = init_state(place(params, arranged.layout), optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(state.params, optimizer))
-    loss = make_policy_loss(MODEL, arranged.layout, FORWARD, objective=OBJECTIVE)
+    loss = make_policy_loss(MODEL, arranged.layout, FORWARD, objective=objective)
     updater = make_updater(loss, optimizer, shardings=shardings)
     batches = list(arranged.micro_batches(segments))
     state, record = updater.update(state, batches)
@@ -221,6 +221,20 @@ def test_what_stands_in_the_padding_changes_nothing_at_all(params, segments):
     plain, other = (np.asarray(run(placed, arranged.place(each))[0]) for each in (packed, strange))
     np.testing.assert_array_equal(plain[~padding], other[~padding])
     assert (plain[padding] != other[padding]).any()
+
+
+def test_completions_with_advantage_zero_have_no_gradient(params, segments):
+    """Which is why they need not be computed where nothing else teaches."""
+    silent = [
+        replace(each, columns={**each.columns, "advantages": 0 * each.columns["advantages"]}) if i % 3 else each
+        for i, each in enumerate(segments)
+    ]
+    advantages_alone = OBJECTIVE.model_copy(update={"entropy_coefficient": 0.0})
+    assert advantages_alone.learns_by_advantage_alone and not OBJECTIVE.learns_by_advantage_alone
+    for objective, same in ((advantages_alone, True), (OBJECTIVE, False)):
+        every, some = (updated(params, each, objective=objective)[0] for each in (silent, silent[::3]))
+        gap, largest = (max(np.abs(every[path] - x[path]).max() for path in params) for x in (some, params))
+        assert (gap < ORDER * largest) == same, (gap, largest)
 
 
 def test_log_probabilities_are_those_of_float64(params, segments):

@@ -123,9 +123,7 @@ def test_accumulation_does_not_change_gradients(tiny_config, params, segments, s
 
 
 MESHES = [
-    MeshConfig(data=2),
-    MeshConfig(data=8),
-    MeshConfig(fsdp=8),
+    *(pytest.param(MeshConfig(**axes), marks=pytest.mark.slow) for axes in ({"data": 2}, {"data": 8}, {"fsdp": 8})),
     MeshConfig(tensor=8),
     MeshConfig(data=2, fsdp=2, tensor=2),
 ]
@@ -136,7 +134,11 @@ def test_the_mesh_does_not_change_gradients(tiny_config, params, segments, singl
     assert_same(gradients(tiny_config, params, pack(segments), mesh=mesh, accumulation=2), single, REORDERED)
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(tensor=8), MeshConfig(data=2, fsdp=2, tensor=2)], ids=["8", "2x2x2"])
+@pytest.mark.parametrize(
+    "mesh",
+    [pytest.param(MeshConfig(tensor=8), marks=pytest.mark.slow), MeshConfig(data=2, fsdp=2, tensor=2)],
+    ids=["8", "2x2x2"],
+)
 def test_a_vocabulary_that_the_tensor_axis_cuts_does_not_change_gradients(tiny_config, params, segments, mesh):
     """257 words, one of which nobody says, are whole on every device; 256 are cut."""
     config = tiny_config.model_copy(update={"vocab_size": 256, "eos_token_ids": (255,)})
