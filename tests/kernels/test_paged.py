@@ -76,10 +76,12 @@ BATCHES = [
                 ((10, 2), "float32", "on_wait", 2),
                 ((7, 1), "bfloat16", "on_wait", 1),
                 ((40, 8), "float32", "eager", 1),
-                ((10, 2), "int8", "on_wait", 1),
                 ((5, 1), "float8_e4m3fn", "on_wait", 1),
-                ((5, 1), "float8_e5m2", "eager", 2),
             ]
+        ),
+        *(
+            pytest.param(*case, marks=[pytest.mark.slow, pytest.mark.exhaustive])
+            for case in [((10, 2), "int8", "on_wait", 1), ((5, 1), "float8_e5m2", "eager", 2)]
         ),
     ],
 )

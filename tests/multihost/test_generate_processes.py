@@ -98,7 +98,11 @@ def test_two_processes_with_replicas_of_their_own_share_the_lines(batch: Batch, 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "devices", "mesh"),
-    [(2, 1, SPANNING), (2, 2, MeshConfig(data=2, tensor=2)), (4, 1, MeshConfig(data=2, tensor=2))],
+    [
+        (2, 1, SPANNING),
+        pytest.param(2, 2, MeshConfig(data=2, tensor=2), marks=pytest.mark.exhaustive),
+        (4, 1, MeshConfig(data=2, tensor=2)),
+    ],
     ids=["spanning", "split", "spanning-pairs"],
 )
 def test_any_number_of_processes_gives_the_same_file(
