@@ -24,7 +24,8 @@ from qwq_jax.sharding import Layout
 
 CANDIDATES = 128
 """Enough for the cuts that people ask for of the distributions that trained models give."""
-_ROWS_AT_ONCE = 8
+# Of the rows that are drawn from whole: more at once would need memory, fewer of a small vocabulary only turns.
+_ROWS_AT_ONCE, _LOGITS_AT_ONCE = 8, 2**16
 _COLDEST = 1e-6
 
 
@@ -134,7 +135,7 @@ def sample(
     if layout is None:
         return draw(logits, params, edits, part=_Part((), (), V))
     spec = layout.spec(("replica", *[None] * (logits.ndim - 2), "vocab"), logits.shape)
-    axes = layout.table["vocab"] if spec[-1] is not None else ()
+    axes = layout.table["vocab"] if spec[-1] is not None and layout.size("vocab") > 1 else ()
     part = _Part(axes, layout.mesh.axis_names, V // layout.size("vocab") if axes else V)
     row = PartitionSpec(*spec[:-1], None)
     by_name = {"generated": spec, "prompted": spec}
@@ -238,7 +239,7 @@ def _sample(
         if untouched and top is not None and top_ids is not None:
             found = top[:, :count], top_ids[:, :count]
         else:
-            found = _likeliest(edited, count, part)
+            found = _candidates(edited, warm & _cuts(params), count, part)
         return jnp.where(warm, _draw(edited, best, *found, params, part), greedy)
 
     tokens = jax.lax.cond(part.any(warm), draw, lambda: greedy)
@@ -289,6 +290,20 @@ def _likeliest(logits: jax.Array, count: int, part: _Part) -> tuple[jax.Array, j
     return values, jnp.take_along_axis(ids, places, axis=-1)
 
 
+def _cuts(params: SamplingArrays) -> jax.Array:
+    """Whether a row draws from less than the whole vocabulary."""
+    return (params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0)
+
+
+def _candidates(logits: jax.Array, wanted: jax.Array, count: int, part: _Part) -> tuple[jax.Array, jax.Array]:
+    """`_likeliest`, if any row wants it: candidates never suffice a row that draws from the whole vocabulary."""
+    find = lambda: _likeliest(logits, count, part)  # noqa: E731
+    if part.axes or count == part.width:  # a collective more would cost what it saves; all tokens do suffice
+        return find()
+    shape = (logits.shape[0], count)
+    return jax.lax.cond(jnp.any(wanted), find, lambda: (jnp.zeros(shape, logits.dtype), jnp.zeros(shape, jnp.int32)))
+
+
 def _top(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """`jax.lax.top_k`, behind a barrier: the compiler for CPUs would merge later slices into it and make it a sort."""
     values, places = jax.lax.top_k(x, count)
@@ -311,7 +326,7 @@ def _draw(
     tokens, enough = _draw_from_candidates(values, ids, mass, params, V)
     waiting = ~enough
     order = jnp.argsort(enough, stable=True)  # rows that wait come first
-    step = min(_ROWS_AT_ONCE, order.shape[0])
+    step = min(max(_ROWS_AT_ONCE, _LOGITS_AT_ONCE // part.width), order.shape[0])
 
     def some(turn: jax.Array, tokens: jax.Array) -> jax.Array:
         rows = jax.lax.dynamic_slice_in_dim(order, turn * step, step)
