@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -27,12 +28,12 @@ class Experience:
     groups: np.ndarray
     kept: np.ndarray
 
-    @property
+    @cached_property
     def rewards(self) -> np.ndarray:
         """The rewards, float64 ``[N]``."""
         return np.array([sample.graded.value for sample in self.samples], np.float64)
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Trained tokens of each completion."""
         return [int(sample.drawn.sum()) for sample in self.samples]

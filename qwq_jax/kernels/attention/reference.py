@@ -89,7 +89,8 @@ def _attend_decode(
 
     The pages in use, of all rows, are one list, and a loop takes some at a time, `DECODE_PAGES` or as many as
     `DECODE_BYTES` hold: time goes by tokens in the cache, not by the longest row, and what was read is still in the
-    core's cache when it is used. Each page gives a maximum, a sum and a weighted value, which its row joins at the end (as in arXiv 1805.02867).
+    core's cache when it is used. Each page gives a maximum, a sum and a weighted value, which its row joins at the end
+    (as in arXiv 1805.02867).
 
     Returns:
         Output `[B, N, H]` and log-sum-exp `[B, N]`, float32.
