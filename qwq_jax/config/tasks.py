@@ -2,9 +2,9 @@
 
 import re
 import tomllib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from qwq_jax.config.frozen import Frozen
 from qwq_jax.config.load import build
@@ -32,6 +32,7 @@ class ArithmeticTasks(Frozen):
         count: Number of problems.
         seed: Another one, other problems.
         word_share: Part of them that are told as a story.
+        operations: Those that need others are left out; multiplication comes in stories only.
     """
 
     kind: Literal["arithmetic"] = "arithmetic"
@@ -40,6 +41,13 @@ class ArithmeticTasks(Frozen):
     count: PositiveInt = 256
     seed: NonNegativeInt = 0
     word_share: float = Field(default=0.5, ge=0.0, le=1.0)
+    operations: tuple[Literal["+", "-", "*"], ...] = Field(default=("+", "-", "*"), min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if set(self.operations) == {"*"} and self.word_share == 0:
+            raise ValueError("operations: multiplication comes in stories only, so word_share must be above 0")
+        return self
 
 
 class GymTasks(Frozen):

@@ -148,7 +148,13 @@ def arithmetic_tasks(source: ArithmeticTasks) -> list[Task]:
         ValueError: The held-out split of these levels has fewer problems than asked for.
     """
     split = Split(source.split)
-    stream = problems(source.seed, split=split, levels=source.levels, word_share=source.word_share)
+    stream = problems(
+        source.seed,
+        split=split,
+        levels=source.levels,
+        word_share=source.word_share,
+        operations=source.operations,
+    )
     if split is Split.HELD_OUT:
         stream = _distinct(stream, source)
     return [

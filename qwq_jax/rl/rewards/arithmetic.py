@@ -20,6 +20,9 @@ from enum import Enum
 LEVELS = (1, 2, 3, 4)
 """1: one operation on two digits; 2: on three digits; 3: two operations on two digits; 4: two operations on three."""
 
+OPERATIONS = ("+", "-", "*")
+"""Multiplication, by one digit, comes in word problems only."""
+
 HELD_OUT_ONE_IN = 8
 """One expression in this many belongs to the held-out split."""
 
@@ -84,23 +87,38 @@ def split_of(expression: str) -> Split:
     return Split.HELD_OUT if int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0 else Split.TRAIN
 
 
-def problems(seed: int, *, split: Split, levels: Sequence[int] = LEVELS, word_share: float = 0.5) -> Iterator[Problem]:
+def problems(
+    seed: int,
+    *,
+    split: Split,
+    levels: Sequence[int] = LEVELS,
+    word_share: float = 0.5,
+    operations: Sequence[str] = OPERATIONS,
+) -> Iterator[Problem]:
     """An endless stream of problems of one split; the same arguments give the same stream.
 
-    Repeats are possible, as they are in a small space of problems; ``word_share`` of them are word problems.
+    Repeats are possible, as they are in a small space of problems; ``word_share`` of them are word problems, before
+    those that need other than these ``operations`` are left out.
+
+    Raises:
+        ValueError: There is no such level or operation, or no such problem at all.
     """
     unknown = sorted(set(levels) - set(LEVELS))
     if unknown or not levels:
         raise ValueError(f"levels must be some of {LEVELS}, not {tuple(levels)}")
     if not 0.0 <= word_share <= 1.0:
         raise ValueError(f"word_share must lie between 0 and 1, not {word_share}")
+    if not operations or set(operations) - set(OPERATIONS):
+        raise ValueError(f"operations must be some of {OPERATIONS}, not {tuple(operations)}")
+    if set(operations) == {"*"} and word_share == 0:
+        raise ValueError("multiplication comes in word problems only, so word_share must be above 0")
     rng = random.Random(f"arithmetic/{seed}")
     while True:
         level = rng.choice(levels)
         draw = _word_problem if rng.random() < word_share else _sum
         question, terms = draw(rng, level)
         expression = _expression(terms)
-        if split_of(expression) is split:
+        if split_of(expression) is split and set(expression.split()[1::2]) <= set(operations):
             reasoning, result = solve(terms)
             yield Problem(question, expression, level, reasoning, result)
 
