@@ -93,6 +93,18 @@ def test_impossible_requests_are_refused():
         take(1, levels=())
     with pytest.raises(ValueError, match="word_share must lie between 0 and 1, not 1.5"):
         take(1, word_share=1.5)
+    with pytest.raises(ValueError, match=r"operations must be some of \('\+', '-', '\*'\), not \('/',\)"):
+        take(1, operations=("/",))
+    with pytest.raises(ValueError, match="multiplication comes in word problems only"):
+        take(1, operations=("*",), word_share=0.0)
+
+
+def test_operations_that_are_not_asked_for_are_left_out_and_the_others_unchanged():
+    everything = take(400)
+    for operations in (("+",), ("+", "-"), ("*",)):
+        chosen = [each for each in everything if set(each.expression.split()[1::2]) <= set(operations)]
+        assert 20 < len(chosen) < 400
+        assert take(len(chosen), operations=operations) == chosen
 
 
 def test_the_data_file(tmp_path, monkeypatch):
