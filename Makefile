@@ -5,8 +5,10 @@ SHELL := /bin/bash
 TINY := out/tiny-reasoner
 SHIPPED := qwq_jax/embedded/tiny-reasoner
 STAGES := out/tiny-stages
+GRPO := out/rl/tiny_grpo
+COMMA := ,
 
-.PHONY: help demo test test-slow test-exhaustive lint format bench install tiny-reasoner tiny-stages
+.PHONY: help demo test test-slow test-exhaustive lint format bench install tiny-reasoner tiny-grpo tiny-stages
 
 BIN := .venv/bin
 WORKERS ?= 2
@@ -24,7 +26,8 @@ help:
 	@echo "make lint       style and types"
 	@echo "make format     let ruff put style right"
 	@echo "make tiny-reasoner  trains the embedded model again, from nothing"
-	@echo "make tiny-stages    QwQ's two stages of reinforcement learning on the embedded model"
+	@echo "make tiny-grpo  reinforcement learning on the embedded model: three seeds, and the reward's sign turned"
+	@echo "make tiny-stages  QwQ's two stages of reinforcement learning on the embedded model"
 	@echo "make bench      the benchmarks in tools/"
 
 $(INSTALLED): requirements.lock pyproject.toml tools/install.sh
@@ -64,6 +67,13 @@ tiny-reasoner: $(INSTALLED)
 		&& rm -rf $(SHIPPED).new \
 		&& $(BIN)/qwq-jax export $$(ls -d $(TINY)/run/model-* | tail -n 1) $(SHIPPED).new \
 		&& rm -rf $(SHIPPED) && mv $(SHIPPED).new $(SHIPPED); })
+
+# Half an hour; a run that was interrupted goes on.
+tiny-grpo: $(INSTALLED)
+	$(call timed,{ for seed in 0 1 2; do $(BIN)/qwq-jax rl configs/rl/tiny_grpo.toml --set seed=$$seed --set output_dir=$(GRPO)-$$seed; done \
+		&& $(BIN)/qwq-jax rl configs/rl/tiny_grpo.toml --set output_dir=$(GRPO)-flipped --set stop_after=30 \
+			--set 'rewards=[{kind="arithmetic"$(COMMA)weight=-1.0}]' \
+		&& $(BIN)/python -m tools.tiny_grpo_report $(GRPO)-0 $(GRPO)-1 $(GRPO)-2 --flipped $(GRPO)-flipped --write docs/benchmarks/tiny_grpo.md; })
 
 # QwQ's two stages in their tiny form; each command goes on where it was interrupted.
 tiny-stages: $(INSTALLED)
