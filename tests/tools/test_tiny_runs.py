@@ -3,10 +3,15 @@
 import io
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from etils import epath
 
+from qwq_jax.config.load import load_toml
+from qwq_jax.config.preference import PreferenceConfig
+from qwq_jax.config.rl import RlConfig
+from qwq_jax.config.train import SftConfig
 from qwq_jax.rl.evaluate import JudgedTask, Sample
 from qwq_jax.rl.heldout import write_judged
 from qwq_jax.rl.rewards.arithmetic import Split
@@ -15,6 +20,8 @@ from qwq_jax.rl.rewards.rules import RULES as CHECKS
 from qwq_jax.rl.tasks import parse_task
 from tools import make_tiny_stages, tiny_grpo_report, tiny_stages_report
 from tools.make_tiny_stages import PLAIN, RULES, cold_start, program_tasks, programs, rule_tasks
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_programs_do_what_their_words_say(monkeypatch, capsys):
@@ -105,3 +112,19 @@ def test_the_report_of_stages_says_what_fell_short(tmp_path, end, problem):
     text, short = tiny_stages_report.table(tmp_path)
     assert "| all | 50.0% | 80.0% |" in text
     assert short == ([problem] if problem else [])
+
+
+def test_the_recipes_of_the_stages_follow_each_other():
+    folder = ROOT / "configs" / "rl" / "tiny_stages"
+    cold = load_toml(folder / "cold_start.toml", SftConfig)
+    judge = load_toml(folder / "reward_model.toml", PreferenceConfig)
+    first, second = (load_toml(folder / f"{name}.toml", RlConfig) for name in ("stage1", "stage2"))
+    end = lambda config: f"{config.output_dir}/model-{config.last_step:06d}"  # noqa: E731
+    assert judge.model == first.model == f"{cold.output_dir}/model-{cold.steps:06d}"
+    assert second.model == end(first)
+    (scorer,) = second.reward_models
+    assert scorer.checkpoint == f"{judge.output_dir}/model-{judge.last_step:06d}" and judge.final == "last"
+    assert {reward.kind for reward in first.rewards} == {"arithmetic", "code"}
+    # What stage 1 was judged by is asked again after stage 2.
+    assert first.evaluation is not None and second.evaluation is not None
+    assert set(first.evaluation.tasks) < set(second.evaluation.tasks)
