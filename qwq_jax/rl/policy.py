@@ -89,7 +89,8 @@ class Policy:
         """Trains on the batch of a step, which count from 1. `state` is donated: do not use it again.
 
         Returns:
-            The new state, and what there is to report. A batch in which no completion counts changes nothing.
+            The new state, and what there is to report: of rewards and lengths over all completions, of ratios and
+            entropy over those that were computed (see `segments_of`). A batch without any changes nothing.
         """
         experience = gather(groups, config.objective)
         columns = self._columns(state, experience, config)
