@@ -79,7 +79,8 @@ tiny-grpo: $(INSTALLED)
 tiny-stages: $(INSTALLED)
 	$(call timed,{ $(BIN)/python tools/make_tiny_stages.py $(STAGES) \
 		&& $(BIN)/qwq-jax sft configs/rl/tiny_stages/cold_start.toml \
-		&& $(BIN)/python tools/make_tiny_preferences.py $(STAGES)/preferences --model $$(ls -d $(STAGES)/cold-start/model-*) \
+		&& JAX_PLATFORMS=cpu $(BIN)/python tools/make_tiny_preferences.py $(STAGES)/preferences --count 600 --held-out 100 \
+			--model $$(ls -d $(STAGES)/cold-start/model-*) \
 		&& $(BIN)/qwq-jax reward-model configs/rl/tiny_stages/reward_model.toml \
 		&& $(BIN)/qwq-jax rl configs/rl/tiny_stages/stage1.toml \
 		&& $(BIN)/qwq-jax rl configs/rl/tiny_stages/stage2.toml \

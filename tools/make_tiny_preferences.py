@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=6, help="replies to each")
     parser.add_argument("--seed", type=int, default=21)
     options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
     checkpoint = options.model
     if not (Path(checkpoint) / MARKER).exists():
         checkpoint = str(options.output / "checkpoint")
