@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from etils import epath
-
 from qwq_jax.train.metrics import METRICS, read_records
 
 MOST_BEFORE, LEAST_AFTER, MOST_SECONDS = 0.6, 0.9, 600.0
@@ -38,7 +36,7 @@ def read(path: Path) -> Run:
     """Reads what a run wrote; SystemExit where there is none."""
     if not (path / METRICS).is_file():
         raise SystemExit(f"{path / METRICS}: no such file; expected the output of a run")
-    records = read_records(epath.Path(path) / METRICS)
+    records = read_records(path / METRICS)
     accuracy = {int(each["step"]): each["eval_accuracy"] for each in records if "eval_accuracy" in each}
     return Run(path.name, accuracy, sum(each.get("seconds", 0.0) for each in records))
 

@@ -64,7 +64,7 @@ def ends(run: Path) -> tuple[Standing, Standing]:
 
 def seconds(run: Path) -> float:
     """What the steps of a run took."""
-    return sum(record.get("seconds", 0.0) for record in read_records(epath.Path(run) / METRICS))
+    return sum(record.get("seconds", 0.0) for record in read_records(run / METRICS))
 
 
 def table(root: Path) -> tuple[str, list[str]]:
