@@ -142,13 +142,13 @@ def rule_tasks(seed: int, split: Split, count: int) -> Iterator[dict[str, Any]]:
 
 
 def cold_start(seed: int, count: int) -> Iterator[dict[str, Any]]:
-    """Conversations: half of them sums, a quarter programs, a quarter sums whose rule is kept or not."""
+    """Conversations: half of them programs, a quarter sums, a quarter sums whose rule is kept or not."""
     rng = random.Random(seed)
     sums = arithmetic.problems(seed, split=Split.TRAIN, levels=(1, 2, 3))
     with_rule = ruled(seed + 1, Split.TRAIN)
     writable = [program for program in programs() if not program.held_out]
     for index in range(count):
-        match rng.choice(("sum", "sum", "program", "rule")):
+        match rng.choice(("sum", "program", "program", "rule")):
             case "program":
                 program = rng.choice(writable)
                 question, reply = program.question, program.reply
@@ -176,7 +176,7 @@ def main() -> None:
     """Parse the command line and write the files."""
     parser = argparse.ArgumentParser(description="Write the data of the two stages in their tiny form.")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--cold-start", type=int, default=6000, metavar="COUNT")
+    parser.add_argument("--cold-start", type=int, default=12000, metavar="COUNT")
     parser.add_argument("--rules", type=int, default=8000, metavar="COUNT")
     parser.add_argument("--held-out", type=int, default=200, metavar="COUNT", help="tasks with a rule")
     parser.add_argument("--seed", type=int, default=31)
