@@ -70,8 +70,8 @@ tiny-reasoner: $(INSTALLED)
 
 # Half an hour; a run that was interrupted goes on.
 tiny-grpo: $(INSTALLED)
-	$(call timed,{ for seed in 0 1 2; do $(BIN)/qwq-jax rl configs/rl/tiny_grpo.toml --set seed=$$seed --set output_dir=$(GRPO)-$$seed; done \
-		&& $(BIN)/qwq-jax rl configs/rl/tiny_grpo.toml --set output_dir=$(GRPO)-flipped --set stop_after=30 \
+	$(call timed,{ $(foreach seed,0 1 2,$(BIN)/qwq-jax rl configs/rl/tiny_grpo.toml --set seed=$(seed) --set output_dir=$(GRPO)-$(seed) &&) \
+		$(BIN)/qwq-jax rl configs/rl/tiny_grpo.toml --set output_dir=$(GRPO)-flipped --set stop_after=30 \
 			--set 'rewards=[{kind="arithmetic"$(COMMA)weight=-1.0}]' \
 		&& $(BIN)/python -m tools.tiny_grpo_report $(GRPO)-0 $(GRPO)-1 $(GRPO)-2 --flipped $(GRPO)-flipped --write docs/benchmarks/tiny_grpo.md; })
 

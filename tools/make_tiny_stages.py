@@ -11,7 +11,6 @@ No program and no sum of one split ever appears in the other. The same command w
 """
 
 import argparse
-import hashlib
 import itertools
 import json
 import random
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from qwq_jax.rl.rewards import arithmetic
-from qwq_jax.rl.rewards.arithmetic import Problem, Split
+from qwq_jax.rl.rewards.arithmetic import Problem, Split, split_of
 
 LEVELS = (1, 2)
 """Of the sums that carry a rule."""
@@ -88,10 +87,9 @@ class Program:
         return f"<think>\n{self.words}: {self.expression}\n</think>\n\n```python\n{code}\n```"
 
     @property
-    def held_out(self) -> bool:
+    def split(self) -> Split:
         """Its split, for ever."""
-        digest = hashlib.sha256(self.expression.encode()).digest()
-        return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
+        return split_of(self.expression, HELD_OUT_ONE_IN)
 
     def tests(self) -> list[dict[str, str]]:
         """What is read and what has to be written."""
@@ -115,7 +113,7 @@ def programs() -> list[Program]:
 def program_tasks(split: Split) -> Iterator[dict[str, Any]]:
     """Tasks of stage 1."""
     for index, program in enumerate(programs()):
-        if program.held_out == (split is Split.HELD_OUT):
+        if program.split is split:
             yield {"id": f"program-{index}", "prompt": program.question, "source": "program", "tests": program.tests()}
 
 
@@ -146,7 +144,7 @@ def cold_start(seed: int, count: int) -> Iterator[dict[str, Any]]:
     rng = random.Random(seed)
     sums = arithmetic.problems(seed, split=Split.TRAIN, levels=(1, 2, 3))
     with_rule = ruled(seed + 1, Split.TRAIN)
-    writable = [program for program in programs() if not program.held_out]
+    writable = [program for program in programs() if program.split is Split.TRAIN]
     for index in range(count):
         match rng.choice(("sum", "program", "program", "rule")):
             case "program":

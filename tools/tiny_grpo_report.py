@@ -79,6 +79,15 @@ Seconds are those of all steps with their evaluations, without the start of the 
 """
 
 
+def conclude(text: str, short: Sequence[str], *, head: str, path: Path | None) -> None:
+    """Prints a report, and writes it under its head if nothing fell short; SystemExit says what did."""
+    print(text)
+    if short:
+        raise SystemExit("; ".join(short))
+    if path is not None:
+        path.write_text(head + text, encoding="utf-8")
+
+
 def main() -> None:
     """Parse the command line; print the table, and say what fell short."""
     parser = argparse.ArgumentParser(description="What the tiny recipe achieved with several seeds.")
@@ -87,11 +96,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, metavar="FILE")
     options = parser.parse_args()
     text, short = table([read(path) for path in options.runs], read(options.flipped) if options.flipped else None)
-    print(text)
-    if short:
-        raise SystemExit("; ".join(short))
-    if options.write is not None:
-        options.write.write_text(HEAD + text, encoding="utf-8")
+    conclude(text, short, head=HEAD, path=options.write)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from etils import epath
 from qwq_jax.rl.evaluate import JudgedTask
 from qwq_jax.rl.heldout import read_judged
 from qwq_jax.train.metrics import METRICS, read_records
+from tools.tiny_grpo_report import conclude
 
 RULE = "rule"
 """The source of stage 2's own tasks."""
@@ -113,11 +114,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, metavar="FILE")
     options = parser.parse_args()
     text, short = table(options.root)
-    print(text)
-    if short:
-        raise SystemExit("; ".join(short))
-    if options.write is not None:
-        options.write.write_text(HEAD + text, encoding="utf-8")
+    conclude(text, short, head=HEAD, path=options.write)
 
 
 if __name__ == "__main__":
