@@ -20,6 +20,7 @@ from qwq_jax import __version__
 from qwq_jax.config.evaluate import EvaluateConfig, load_rewards, read_ks
 from qwq_jax.config.inference import CHAT_SAMPLING, InferenceConfig
 from qwq_jax.config.load import build, load_toml
+from qwq_jax.config.plan import Calibration, Prices
 from qwq_jax.config.preference import PreferenceConfig
 from qwq_jax.config.rl import RlConfig
 from qwq_jax.config.tasks import parse_source
@@ -352,6 +353,47 @@ def evaluate(
         sampling=config.sampling,
         before=compare,
     )
+
+
+@app.command(
+    epilog="Example: `qwq-jax plan configs/rl/qwq_32b_stage1.toml --model configs/models/qwq-32b.toml "
+    "--topology v5p:4x4x4`"
+)
+def plan(
+    config: Annotated[Path, typer.Argument(help="TOML file of an rl or sft run, or of inference.")],
+    topology: Annotated[str, typer.Option(metavar="CHIP:AxB,...", help="Slices, as libtpu names them.")] = "",
+    all_topologies: Annotated[bool, typer.Option("--all", help="All usual slices.")] = False,
+    model: Annotated[
+        Path | None, typer.Option(help="Its architecture: configs/models/*.toml, a config.json or its directory.")
+    ] = None,
+    reward_model: Annotated[Path | None, typer.Option(help="The same of the reward model of an rl run.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Mean length of a prompt.")] = None,
+    completion_tokens: Annotated[int | None, typer.Option(min=1, help="Mean length of a completion.")] = None,
+    prices: Annotated[Path | None, typer.Option(help="TOML with the price of a chip's hour.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="TOML with measured times.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Directory for plan.json and plan.html.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Compilations at a time.")] = os.cpu_count() or 1,
+    overrides: Set = None,
+) -> None:
+    """Compile a job for TPUs that are not here: memory, time and cost of each slice."""
+    if find_spec("libtpu") is None:
+        raise ValueError("plan needs the TPU compiler, libtpu, which runs on Linux: pip install 'qwq_jax[tpu]'")
+    from qwq_jax import runtime
+    from qwq_jax.jobs import plan as job
+    from qwq_jax.jobs.plan_job import read_job
+
+    options = job.PlanOptions(
+        job.read_topologies(topology, all_topologies),
+        Prices() if prices is None else load_toml(prices, Prices),
+        Calibration() if calibration is None else load_toml(calibration, Calibration),
+        output,
+        runtime.cache_directory() / "plan",
+        workers,
+    )
+    lengths = (prompt_tokens, completion_tokens)
+    asked = read_job(config, overrides or (), model=model, reward_model=reward_model, lengths=lengths)
+    if not all(each.fits for each in job.plan(asked, options)):
+        raise ValueError(f"{config.name} does not fit every topology asked for; see above")
 
 
 @app.command(epilog="Example: `qwq-jax demo --output out/demo`")

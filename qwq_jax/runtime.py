@@ -19,7 +19,9 @@ from qwq_jax.interrupt import Interrupted, StopRequested
 __all__ = [
     "Interrupted",
     "StopRequested",
+    "cache_directory",
     "compile_cache",
+    "compile_for_tpus",
     "default_compute_dtype",
     "hide_abandoned_reads",
     "log_to_stderr",
@@ -53,10 +55,28 @@ def start(*, simulate_devices: int | None = None, distributed: bool = False) -> 
     elif simulate_devices is None and not os.environ.get("JAX_PLATFORMS") and tpu_is_only_compiled_for():
         jax.config.update("jax_platforms", "cpu")
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(_cache_directory() / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_CACHING_SECONDS)
     log_to_stderr()
     hide_abandoned_reads()
+
+
+def compile_for_tpus(*, dump: Path) -> None:
+    """Prepares JAX to compile for TPUs that are not here; before libtpu is loaded, which reads its settings once.
+
+    Args:
+        dump: Directory where libtpu writes the text of each program that it compiles, ``*hlo.txt``.
+    """
+    flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_pass_label_regex=none"
+    # There is no TPU to ask what it is, and others may compile at the same time.
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true", "LIBTPU_INIT_ARGS": flags}
+    jax.config.update("jax_platforms", "cpu")
+
+
+def cache_directory() -> Path:
+    """Where this program keeps what can be made again."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "qwq_jax"
 
 
 def tpu_is_only_compiled_for(devices: Path = Path("/sys/bus/pci/devices")) -> bool:
@@ -149,8 +169,3 @@ def _join_processes() -> None:
             "JAX_COORDINATOR_ADDRESS to HOST:PORT of process 0, JAX_NUM_PROCESSES to their number and JAX_PROCESS_ID "
             f"to that of this one, from 0 on ({error})"
         ) from None
-
-
-def _cache_directory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "qwq_jax"

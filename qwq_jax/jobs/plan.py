@@ -1,0 +1,380 @@
+"""``plan``: what a job takes on TPUs that are not here."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from qwq_jax.config.engine import EngineConfig
+from qwq_jax.config.mesh import MeshConfig
+from qwq_jax.config.plan import Calibration, Prices
+from qwq_jax.jobs.plan_job import Job, arranged, engine_of, program_names
+from qwq_jax.jobs.plan_times import parts_of
+from qwq_jax.plan.chips import GB, USUAL_TOPOLOGIES, Topology, parse_topology
+from qwq_jax.plan.compiler import Request, answer_all, compilers, is_kept
+from qwq_jax.plan.cost import ProgramCost
+from qwq_jax.plan.memory import INFERENCE_PHASES, RL_PHASES, SFT_PHASES, Memory, room_for_pages
+from qwq_jax.plan.page import write_page
+from qwq_jax.plan.result import TopologyPlan
+from qwq_jax.plan.search import engine_choices, train_choices
+from qwq_jax.plan.tables import show
+
+LOG = logging.getLogger(__name__)
+
+_PHASES = {"inference": INFERENCE_PHASES, "sft": SFT_PHASES, "rl": RL_PHASES}
+# As `engine.runner` has it.
+_CACHE_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What is asked beside the job.
+
+    Attributes:
+        topologies: Slices, as libtpu names them.
+        prices: Of chips.
+        calibration: Of programs.
+        output: Directory of ``plan.json`` and ``plan.html``; None to show only.
+        store: Directory of what was compiled before.
+        workers: Compilations at a time.
+    """
+
+    topologies: tuple[str, ...]
+    prices: Prices
+    calibration: Calibration
+    output: Path | None
+    store: Path
+    workers: int
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A job on a slice, as far as it is known."""
+
+    topology: Topology
+    job: Job
+    settings: tuple[str, ...]
+    usable: int
+    problem: str | None = None
+    arrays: Mapping[str, Any] | None = None
+
+    def request(self, task: str, live: int = 0) -> Request:
+        described = self.job.described(self.topology.name)
+        return Request({**described, "live_tokens": live} if live else described, task)
+
+
+def plan(job: Job, options: PlanOptions) -> list[TopologyPlan]:
+    """Plans a job for each topology, shows and writes it.
+
+    Raises:
+        ValueError: A topology is none, or the job cannot be compiled at all.
+    """
+    topologies = [parse_topology(name) for name in options.topologies]
+    with _bar() as bar:
+        usable = _usable(topologies, options, bar)
+        cases = [_arrange(job, topology, usable[topology.chip.name]) for topology in topologies]
+        cases = _with_arrays(cases, options, bar)
+        plans = _compiled(cases, options, bar)
+    show(plans, options.prices)
+    if options.output is not None:
+        write(plans, job, options)
+    return plans
+
+
+def read_topologies(names: str, all_usual: bool) -> tuple[str, ...]:
+    """Slices from a list with commas.
+
+    Raises:
+        ValueError: None is named, or one is none.
+    """
+    found = tuple(name for part in names.split(",") if (name := part.strip()))
+    if all_usual and found:
+        raise ValueError("--all and --topology exclude each other")
+    if not all_usual and not found:
+        raise ValueError("say which slices: --topology v5e:4x4,v6e:2x4, or --all")
+    for name in found:
+        parse_topology(name)
+    return USUAL_TOPOLOGIES if all_usual else found
+
+
+def write(plans: Sequence[TopologyPlan], job: Job, options: PlanOptions) -> None:
+    """Writes both files."""
+    assert options.output is not None
+    options.output.mkdir(parents=True, exist_ok=True)
+    document = {
+        "job": job.name,
+        "kind": job.kind,
+        "compilers": compilers(),
+        "workload": job.workload.model_dump(),
+        "prices": options.prices.model_dump(),
+        "topologies": [each.to_json() for each in plans],
+    }
+    (options.output / "plan.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_page(options.output / "plan.html", document)
+    LOG.info("wrote plan.json and plan.html in %s", options.output)
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("compiling {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def _ask(requests: Sequence[Request], what: str, options: PlanOptions, bar: Progress) -> list[dict[str, Any]]:
+    new = [request for request in requests if not is_kept(request, options.store)]
+    if not new:
+        return answer_all(requests, store=options.store, workers=options.workers)
+    task = bar.add_task(what, total=len(requests))
+
+    def done(request: Request) -> None:
+        bar.update(task, advance=1)
+        if not bar.console.is_terminal:
+            LOG.info("compiled %s for %s", request.task, request.job.get("topology"))
+
+    answers = answer_all(requests, store=options.store, workers=options.workers, progress=done)
+    bar.remove_task(task)
+    return answers
+
+
+def _usable(topologies: Sequence[Topology], options: PlanOptions, bar: Progress) -> dict[str, int]:
+    """What the compiler lets a program have on a device of each chip."""
+    first = {topology.chip.name: topology.name for topology in reversed(topologies)}
+    requests = [Request({"topology": name}, "device") for name in first.values()]
+    answers = _ask(requests, "for one device", options, bar)
+    return {chip: answer["usable"] for chip, answer in zip(first, answers, strict=True)}
+
+
+def _arrange(job: Job, topology: Topology, usable: int) -> _Case:
+    """The job with a mesh for this slice: its own where it has as many devices, otherwise the best that is known."""
+    if job.devices == topology.devices:
+        return _Case(topology, job, (), usable)
+    if job.kind == "inference":
+        engine = engine_of(job)
+        choices = engine_choices(job.model, topology, job.workload, usable=usable, engine=engine)
+        wanted = (engine.weights, engine.cache_dtype or "bfloat16")
+        alike = [choice for choice in choices if (choice.weights, choice.cache_dtype) == wanted]
+        if not alike:
+            return _Case(topology, job, (), usable, _no_engine_fits(job, topology, usable, wanted))
+        mesh, decode = alike[0].mesh, None
+    else:
+        lora = job.config.lora is not None
+        trained = train_choices(job.model, topology, usable=usable, row_length=job.row_length, lora=lora)
+        if not trained:
+            return _Case(topology, job, (), usable, _no_training_fits(job, topology, usable))
+        mesh, decode = trained[0].mesh, None
+        if job.kind == "rl":
+            engine = engine_of(job)
+            served = engine_choices(job.model, topology, job.workload, usable=usable, engine=engine)
+            alike = [choice for choice in served if choice.weights is None]
+            decode = alike[0].mesh if alike else MeshConfig(data=1, tensor=topology.devices)
+    moved, settings = arranged(job, mesh, decode)
+    return _Case(topology, moved, settings, usable)
+
+
+def _no_engine_fits(job: Job, topology: Topology, usable: int, wanted: tuple[str | None, str]) -> str:
+    weights, cache = wanted
+    any_fits = engine_choices(job.model, topology, job.workload, usable=usable, engine=engine_of(job))
+    if any_fits:
+        best = any_fits[0]
+        return (
+            f"{job.name} does not fit {topology.name} with {weights or 'bfloat16'} weights and a {cache} cache; it "
+            f"would with --set {' --set '.join(best.settings)}"
+        )
+    total = 2.0 * job.model.num_parameters
+    have = usable * topology.devices
+    return (
+        f"{job.name} does not fit {topology.name}: bfloat16 weights are {total / GB:.1f} GB and all devices have "
+        f"{have / GB:.1f} GB, which must also hold one sequence of {engine_of(job).max_context or job.model.max_context:,} "
+        f"tokens; {_larger(job, topology, usable)}"
+    )
+
+
+def _no_training_fits(job: Job, topology: Topology, usable: int) -> str:
+    lora = job.config.lora is not None
+    state = (2 if lora else 16) * job.model.num_parameters
+    have = usable * topology.devices
+    sufficient = next(
+        (
+            name
+            for name in USUAL_TOPOLOGIES
+            if (other := parse_topology(name)).chip == topology.chip
+            and train_choices(job.model, other, usable=usable, row_length=job.row_length, lora=lora)
+        ),
+        None,
+    )
+    short = f"short by {(state - have) / GB:.1f} GB" if state > have else "without room for a row's activations"
+    return (
+        f"{job.name} does not fit {topology.name}: weights, moments and gradients are {state / GB:.1f} GB and all "
+        f"devices have {have / GB:.1f} GB, {short}; "
+        + (f"{sufficient} would hold it" if sufficient else f"no usual {topology.chip.name} slice would hold it")
+    )
+
+
+def _larger(job: Job, topology: Topology, usable: int) -> str:
+    for name in USUAL_TOPOLOGIES:
+        other = parse_topology(name)
+        if other.chip == topology.chip and engine_choices(
+            job.model, other, job.workload, usable=usable, engine=engine_of(job)
+        ):
+            return f"{name} would hold it"
+    return f"no usual {topology.chip.name} slice would hold it"
+
+
+def _with_arrays(cases: Sequence[_Case], options: PlanOptions, bar: Progress) -> list[_Case]:
+    """Measures what lies on the devices, and counts the pages that an engine has."""
+    open_cases = [case for case in cases if case.problem is None]
+    answers = iter(_ask([case.request("arrays") for case in open_cases], "what arrays take", options, bar))
+    return [case if case.problem is not None else _counted(case, next(answers)) for case in cases]
+
+
+def _counted(case: _Case, arrays: Mapping[str, Any]) -> _Case:
+    job = case.job
+    if not arrays["engine"]:
+        return _Case(case.topology, job, case.settings, case.usable, None, arrays)
+    engine = engine_of(job)
+    there = sum(arrays["held"].values()) + arrays["engine"]["engine's weights"]
+    left = arrays["usable"] - there
+    if engine.num_pages is None:
+        longest = job.longest
+        wanted = engine.max_sequences * -(-longest // engine.page_size)
+        pages = min(wanted, int(_CACHE_SHARE * left) // arrays["page"] if left > 0 else 0)
+        if pages * engine.page_size < longest:
+            needed = -(-longest // engine.page_size) * arrays["page"]
+            problem = (
+                f"{job.name} does not fit {case.topology.name}: beside {there / GB:.1f} GB of weights a device has "
+                f"{max(left, 0) / GB:.1f} of its {arrays['usable'] / GB:.1f} GB left, and the cache of one sequence of "
+                f"{longest:,} tokens needs {needed / GB:.1f} GB: short by {(needed / _CACHE_SHARE - left) / GB:.1f} GB"
+            )
+            return _Case(case.topology, job, case.settings, case.usable, problem, arrays)
+        job = job.with_engine(num_pages=pages)
+        engine = engine_of(job)
+    assert engine.num_pages is not None
+    sizes = {**arrays["engine"], "key-value cache": engine.num_pages * arrays["page"]}
+    return _Case(case.topology, job, case.settings, case.usable, None, {**arrays, "engine": sizes})
+
+
+def _compiled(cases: Sequence[_Case], options: PlanOptions, bar: Progress) -> list[TopologyPlan]:
+    requests: list[Request] = []
+    slots: list[tuple[int, str]] = []
+    for index, case in enumerate(cases):
+        if case.problem is None:
+            live = _live_rows(case) * case.job.workload.live_tokens
+            for name in program_names(case.job):
+                slots.append((index, name))
+                requests.append(case.request(name, live if name in ("decode", "prompts") else 0))
+    answers = _ask(requests, "programs", options, bar)
+    by_case: list[dict[str, dict[str, Any]]] = [{} for _ in cases]
+    for (index, name), answer in zip(slots, answers, strict=True):
+        by_case[index][name] = answer
+    return [_planned(case, found, options) for case, found in zip(cases, by_case, strict=True)]
+
+
+def _live_rows(case: _Case) -> int:
+    """Rows of a replica that decode at a time: all, or as many sequences as the pages hold."""
+    if case.job.kind == "sft":
+        return 0
+    engine: EngineConfig = engine_of(case.job)
+    assert engine.num_pages is not None
+    lengths = case.job.workload
+    held = engine.num_pages * engine.page_size // (lengths.prompt_tokens + lengths.completion_tokens)
+    return max(1, min(engine.max_sequences, held))
+
+
+def _planned(case: _Case, found: Mapping[str, dict[str, Any]], options: PlanOptions) -> TopologyPlan:
+    mesh, decode = case.job.meshes
+    if case.problem is not None:
+        return TopologyPlan(case.topology, case.job.kind, mesh, decode, case.settings, problems=(case.problem,))
+    arrays = case.arrays
+    assert arrays is not None
+    problems = [
+        f"{name} needs {answer['used'] / GB:.2f} GB of the {answer['usable'] / GB:.2f} GB of a device, "
+        f"{(answer['used'] - answer['usable']) / GB:.2f} GB too much; {_relief(case.job, name)}"
+        for name, answer in found.items()
+        if "used" in answer
+    ]
+    if problems:
+        return TopologyPlan(case.topology, case.job.kind, mesh, decode, case.settings, problems=tuple(problems))
+    programs = {name: ProgramCost.from_json(answer) for name, answer in found.items()}
+    code = sum(cost.code * arrays["counts"].get(name, 1) for name, cost in programs.items())
+    memory = Memory(
+        usable=arrays["usable"],
+        held={**arrays["held"], "programs": code},
+        engine=arrays["engine"],
+        gradients=arrays["gradients"],
+        programs=programs,
+        phases=_PHASES[case.job.kind],
+    )
+    if memory.shortfall:
+        worst = max(memory.peaks, key=lambda name: memory.peaks[name])
+        problems.append(
+            f"{worst} needs {memory.peak / GB:.2f} GB of the {memory.usable / GB:.2f} GB of a device, "
+            f"{memory.shortfall / GB:.2f} GB too much; {_relief(case.job, worst)}"
+        )
+    rows = _live_rows(case)
+    parts, facts = parts_of(case.job, programs, case.topology, rows=rows, calibration=options.calibration)
+    facts |= _room(case, memory)
+    price = options.prices.chip_hour.get(case.topology.chip.name)
+    if price is not None:
+        hourly = price * case.topology.chips
+        if "tokens_per_second" in facts:
+            facts["price_of_million_tokens"] = hourly / 3600 / facts["tokens_per_second"] * 1e6
+        if "run_seconds" in facts:
+            facts["price_of_run"] = hourly * facts["run_seconds"] / 3600
+    advice = _advice(case, facts) if not problems else ()
+    return TopologyPlan(
+        case.topology, case.job.kind, mesh, decode, case.settings, memory, tuple(problems), parts, facts, advice
+    )
+
+
+def _relief(job: Job, name: str) -> str:
+    """What makes a program smaller."""
+    if name in ("decode", "prompts", "rollout"):
+        return "lower engine.num_pages or engine.max_sequences, or split over more devices"
+    if name in ("gradient", "step", "log-probabilities", "reference"):
+        rows = "rows_per_micro_batch" if job.kind == "rl" else "rows_per_step (or raise accumulation)"
+        return f"lower {rows} or logprob_chunk, set remat=true, or split over more devices"
+    return "split over more devices"
+
+
+def _room(case: _Case, memory: Memory) -> dict[str, float]:
+    """The largest batch and context that fit."""
+    if case.job.kind == "sft" or case.arrays is None:
+        return {}
+    engine = engine_of(case.job)
+    empty = Memory(
+        usable=memory.usable,
+        held=memory.held,
+        engine={**memory.engine, "key-value cache": 0},
+        gradients=memory.gradients,
+        programs=memory.programs,
+        phases=memory.phases,
+    )
+    tokens = room_for_pages(empty, case.arrays["page"]) * engine.page_size
+    lengths = case.job.workload
+    return {
+        "cache_tokens_of_replica": tokens,
+        "largest_batch": tokens // (lengths.prompt_tokens + lengths.completion_tokens),
+        "largest_context": min(tokens, case.job.model.max_context),
+    }
+
+
+def _advice(case: _Case, facts: Mapping[str, float]) -> tuple[str, ...]:
+    """Settings of inference that are estimated to be faster by a tenth at least."""
+    if case.job.kind != "inference":
+        return ()
+    choices = engine_choices(
+        case.job.model, case.topology, case.job.workload, usable=case.usable, engine=engine_of(case.job)
+    )
+    if not choices or choices[0].tokens_per_second < 1.1 * facts["tokens_per_second_per_chip"]:
+        return ()
+    return tuple(choices[0].settings)

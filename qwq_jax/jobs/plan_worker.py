@@ -1,0 +1,162 @@
+"""One process of `plan`: reads a request from its input, asks the TPU compiler, and writes the answer as one JSON line.
+
+Started by `qwq_jax.plan.compiler`. Exit code 2: the job cannot be compiled so, told in one sentence.
+"""
+
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from qwq_jax import runtime
+from qwq_jax.config.inference import InferenceConfig
+from qwq_jax.config.model import ModelConfig
+from qwq_jax.config.rl import RlConfig
+from qwq_jax.config.train import SftConfig
+from qwq_jax.jobs.plan_programs import Work, inference_work, rl_work, sft_work
+from qwq_jax.plan.cost import ProgramCost
+from qwq_jax.plan.hlo import collectives, loop_body, matrix_flops, moved_bytes, parse
+
+# What the compiler says of a program that a device cannot hold.
+_USED = re.compile(r"Used ([\d.]+)([KMGT])?i?B? of ([\d.]+)([KMGT])?i?B? hbm")
+_UNITS = {None: 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def main() -> int:
+    """Answers one request."""
+    request = json.load(sys.stdin)
+    with tempfile.TemporaryDirectory() as folder:
+        runtime.compile_for_tpus(dump=Path(folder))
+        try:
+            answer = answer_request(request["job"], request["task"], Path(folder))
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
+    print(json.dumps(answer))
+    return 0
+
+
+def answer_request(job: Mapping[str, Any], task: str, folder: Path) -> dict[str, Any]:
+    """What a task asks of a job: ``device``, ``arrays``, or a program by name."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=job["topology"]).devices
+    if task == "device":
+        return {"usable": usable_memory(devices)}
+    work = describe_work(job, devices)
+    if task == "arrays":
+        return measure_arrays(work, devices)
+    return measure_program(work, task, folder, live=job.get("live_tokens", 0))
+
+
+def describe_work(job: Mapping[str, Any], devices: Sequence[Any]) -> Work:
+    """The job on devices that need not exist."""
+    model = ModelConfig.model_validate_json(json.dumps(job["model"]))
+    text = json.dumps(job["config"])
+    match job["kind"]:
+        case "inference":
+            return inference_work(InferenceConfig.model_validate_json(text), model, devices)
+        case "sft":
+            return sft_work(SftConfig.model_validate_json(text), model, devices)
+        case "rl":
+            scored = job.get("reward_model")
+            reward_model = ModelConfig.model_validate_json(json.dumps(scored)) if scored else None
+            return rl_work(RlConfig.model_validate_json(text), model, devices, reward_model)
+        case kind:
+            raise AssertionError(kind)
+
+
+def measure_arrays(work: Work, devices: Sequence[Any]) -> dict[str, Any]:
+    """Bytes of a job's arrays on one device, tiling included, and what the device has."""
+    engine = {name: held_bytes(tree) for name, tree in work.engine.items()}
+    return {
+        "usable": usable_memory(devices),
+        "held": {name: held_bytes(tree) for name, tree in work.held.items()},
+        "engine": engine,
+        "page": engine["key-value cache"] // work.pages if work.pages else 0,
+        "gradients": held_bytes(work.gradients) if work.gradients is not None else 0,
+        "counts": dict(work.counts or {}),
+    }
+
+
+def measure_program(work: Work, name: str, folder: Path, *, live: int) -> dict[str, Any]:
+    """Compiles a program and reads what it does.
+
+    Args:
+        work: The job.
+        name: Of the program.
+        folder: Where the compiler writes the program's text.
+        live: Tokens in the pages that a step of the engine reads, of one replica.
+
+    Returns:
+        The fields of a `ProgramCost`; or, if it does not fit a device, ``{"used": bytes, "usable": bytes}``.
+    """
+    lowered = work.programs[name]()
+    for old in folder.glob("*"):
+        old.unlink()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _too_large(name, str(error))
+    found = compiled.memory_analysis()
+    module = parse(max(folder.glob("*hlo.txt"), key=lambda path: path.stat().st_size).read_text())
+    # A window of decoding is a loop, of which one round is a token of each sequence.
+    start = loop_body(module) if name == "decode" else "ENTRY"
+    layer = _live_bytes(work, live) if name in ("decode", "prompts") else 0
+    return ProgramCost(
+        temporaries=found.temp_size_in_bytes,
+        result=found.output_size_in_bytes - found.alias_size_in_bytes,
+        code=found.generated_code_size_in_bytes,
+        flops=matrix_flops(module, start),
+        moved=moved_bytes(module, start, layer),
+        collectives=tuple(collectives(module, start)),
+    ).to_json()
+
+
+def _live_bytes(work: Work, live: int) -> int:
+    """Of one layer's pages that hold `live` tokens, on one device."""
+    spec = work.cache
+    assert spec is not None
+    devices = jax.tree.leaves(work.engine["key-value cache"])[0].sharding.mesh.devices.size
+    token = spec.nbytes / (spec.num_layers * work.pages * spec.shape[4] * devices)
+    return int(token * live)
+
+
+def _too_large(name: str, message: str) -> dict[str, int]:
+    found = _USED.search(message)
+    if found is None:
+        raise ValueError(f"{name}: the program does not fit a device: {message.splitlines()[0]}")
+    used, usable = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))
+    return {"used": int(used), "usable": int(usable)}
+
+
+def held_bytes(tree: Any) -> int:
+    """What the arrays of a tree take on one device, tiling included: the arguments of a program that reads none."""
+    nothing = jax.jit(lambda tree: jnp.zeros(()), keep_unused=True).lower(tree).compile()
+    found = nothing.memory_analysis()
+    assert found is not None, "libtpu tells what a program needs"
+    return found.argument_size_in_bytes
+
+
+def usable_memory(devices: Sequence[Any]) -> int:
+    """Bytes that the compiler lets a program have on such a device: it says so when it refuses one that wants more."""
+    place = jax.sharding.SingleDeviceSharding(devices[0])
+    huge = jax.ShapeDtypeStruct((1 << 40,), jnp.int8, sharding=place)
+    try:
+        jax.jit(lambda x: x + 1).lower(huge).compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(r"available HBM \(([\d.]+)G\)", str(error))
+        assert found is not None, str(error)[:500]
+        return int(float(found[1]) * 2**30)
+    raise AssertionError("a terabyte fits")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
