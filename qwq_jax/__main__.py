@@ -373,6 +373,7 @@ def plan(
     calibration: Annotated[Path | None, typer.Option(help="TOML with measured times.")] = None,
     output: Annotated[Path | None, typer.Option(help="Directory for plan.json and plan.html.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Compilations at a time.")] = os.cpu_count() or 1,
+    search: Annotated[bool, typer.Option("--search", help="Compile what is recommended too.")] = False,
     overrides: Set = None,
 ) -> None:
     """Compile a job for TPUs that are not here: memory, time and cost of each slice."""
@@ -389,6 +390,7 @@ def plan(
         output,
         runtime.cache_directory() / "plan",
         workers,
+        search,
     )
     lengths = (prompt_tokens, completion_tokens)
     asked = read_job(config, overrides or (), model=model, reward_model=reward_model, lengths=lengths)

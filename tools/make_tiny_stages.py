@@ -174,7 +174,7 @@ def main() -> None:
     """Parse the command line and write the files."""
     parser = argparse.ArgumentParser(description="Write the data of the two stages in their tiny form.")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--cold-start", type=int, default=12000, metavar="COUNT")
+    parser.add_argument("--cold-start", type=int, default=30000, metavar="COUNT")
     parser.add_argument("--rules", type=int, default=8000, metavar="COUNT")
     parser.add_argument("--held-out", type=int, default=200, metavar="COUNT", help="tasks with a rule")
     parser.add_argument("--seed", type=int, default=31)

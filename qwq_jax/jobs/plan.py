@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from qwq_jax.config.engine import EngineConfig
 from qwq_jax.config.mesh import MeshConfig
 from qwq_jax.config.plan import Calibration, Prices
-from qwq_jax.jobs.plan_job import Job, arranged, engine_of, program_names
+from qwq_jax.jobs.plan_job import Job, arranged, changed, engine_of, program_names
 from qwq_jax.jobs.plan_times import parts_of
 from qwq_jax.plan.chips import GB, USUAL_TOPOLOGIES, Topology, parse_topology
 from qwq_jax.plan.compiler import Request, answer_all, compilers, is_kept
@@ -42,6 +42,7 @@ class PlanOptions:
         output: Directory of ``plan.json`` and ``plan.html``; None to show only.
         store: Directory of what was compiled before.
         workers: Compilations at a time.
+        search: Compile what is recommended too, rather than only name it.
     """
 
     topologies: tuple[str, ...]
@@ -50,6 +51,7 @@ class PlanOptions:
     output: Path | None
     store: Path
     workers: int
+    search: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,15 +76,27 @@ def plan(job: Job, options: PlanOptions) -> list[TopologyPlan]:
     Raises:
         ValueError: A topology is none, or the job cannot be compiled at all.
     """
+    plans = make_plans(job, options)
+    show(plans, options.prices)
+    if options.output is not None:
+        write(plans, job, options)
+    return plans
+
+
+def make_plans(job: Job, options: PlanOptions) -> list[TopologyPlan]:
+    """The plan of each topology, and, where a search is asked for, of what it recommends there."""
     topologies = [parse_topology(name) for name in options.topologies]
     with _bar() as bar:
         usable = _usable(topologies, options, bar)
         cases = [_arrange(job, topology, usable[topology.chip.name]) for topology in topologies]
-        cases = _with_arrays(cases, options, bar)
-        plans = _compiled(cases, options, bar)
-    show(plans, options.prices)
-    if options.output is not None:
-        write(plans, job, options)
+        plans = _compiled(_with_arrays(cases, options, bar), options, bar)
+        if not options.search:
+            return plans
+        advised = [index for index, each in enumerate(plans) if each.advice]
+        others = [replace(cases[i], job=changed(job, plans[i].advice), settings=plans[i].advice) for i in advised]
+        better = _compiled(_with_arrays([replace(case, problem=None) for case in others], options, bar), options, bar)
+    for index, other in zip(advised, better, strict=True):
+        plans[index] = replace(plans[index], better=replace(other, advice=()))
     return plans
 
 
@@ -192,9 +206,10 @@ def _no_engine_fits(job: Job, topology: Topology, usable: int, wanted: tuple[str
         )
     total = 2.0 * job.model.num_parameters
     have = usable * topology.devices
+    longest = engine_of(job).max_context
     return (
         f"{job.name} does not fit {topology.name}: bfloat16 weights are {total / GB:.1f} GB and all devices have "
-        f"{have / GB:.1f} GB, which must also hold one sequence of {engine_of(job).max_context or job.model.max_context:,} "
+        f"{have / GB:.1f} GB, which must also hold one sequence of {longest:,} "
         f"tokens; {_larger(job, topology, usable)}"
     )
 
@@ -293,7 +308,15 @@ def _live_rows(case: _Case) -> int:
 def _planned(case: _Case, found: Mapping[str, dict[str, Any]], options: PlanOptions) -> TopologyPlan:
     mesh, decode = case.job.meshes
     if case.problem is not None:
-        return TopologyPlan(case.topology, case.job.kind, mesh, decode, case.settings, problems=(case.problem,))
+        return TopologyPlan(
+            case.topology,
+            case.job.kind,
+            mesh,
+            decode,
+            case.settings,
+            problems=(case.problem,),
+            advice=_advice(case, {}),
+        )
     arrays = case.arrays
     assert arrays is not None
     problems = [
@@ -330,7 +353,7 @@ def _planned(case: _Case, found: Mapping[str, dict[str, Any]], options: PlanOpti
             facts["price_of_million_tokens"] = hourly / 3600 / facts["tokens_per_second"] * 1e6
         if "run_seconds" in facts:
             facts["price_of_run"] = hourly * facts["run_seconds"] / 3600
-    advice = _advice(case, facts) if not problems else ()
+    advice = _advice(case, {} if problems else facts)
     return TopologyPlan(
         case.topology, case.job.kind, mesh, decode, case.settings, memory, tuple(problems), parts, facts, advice
     )
@@ -369,12 +392,19 @@ def _room(case: _Case, memory: Memory) -> dict[str, float]:
 
 
 def _advice(case: _Case, facts: Mapping[str, float]) -> tuple[str, ...]:
-    """Settings of inference that are estimated to be faster by a tenth at least."""
-    if case.job.kind != "inference":
+    """Settings that are estimated to be faster by a tenth at least, or to fit where the job does not."""
+    job, topology = case.job, case.topology
+    if job.kind == "inference":
+        choices = engine_choices(job.model, topology, job.workload, usable=case.usable, engine=engine_of(job))
+        now = facts.get("tokens_per_second_per_chip", 0.0)
+        return tuple(choices[0].settings) if choices and choices[0].tokens_per_second > 1.1 * now else ()
+    lora = job.config.lora is not None
+    meshes = train_choices(job.model, topology, usable=case.usable, row_length=job.row_length, lora=lora)
+    if not meshes or meshes[0].mesh == job.config.mesh:
         return ()
-    choices = engine_choices(
-        case.job.model, case.topology, case.job.workload, usable=case.usable, engine=engine_of(case.job)
-    )
-    if not choices or choices[0].tokens_per_second < 1.1 * facts["tokens_per_second_per_chip"]:
+    own = next((choice.seconds / choice.rows for choice in meshes if choice.mesh == job.config.mesh), None)
+    best = meshes[0].seconds / meshes[0].rows
+    if facts and (own is None or own < 1.1 * best):
         return ()
-    return tuple(choices[0].settings)
+    decode = job.config.decode_mesh or job.config.mesh if job.kind == "rl" else None
+    return arranged(job, meshes[0].mesh, decode)[1]

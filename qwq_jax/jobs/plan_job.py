@@ -205,5 +205,14 @@ def arranged(job: Job, mesh: MeshConfig, decode: MeshConfig | None) -> tuple[Job
             words.append(f"rows_per_micro_batch={shards}")
     if job.kind == "sft" and job.config.rows_per_step % (job.config.accumulation * shards):
         words.append(f"accumulation={max(1, job.config.rows_per_step // shards)}")
+    return changed(job, words), tuple(words)
+
+
+def changed(job: Job, words: Sequence[str]) -> Job:
+    """The job with other settings, as ``--set`` has them.
+
+    Raises:
+        ValueError: They do not go together.
+    """
     config = build(_CONFIGS[job.kind], job.config.model_dump(mode="json"), words, source=job.name)
-    return replace(job, config=config), tuple(words)
+    return replace(job, config=config)

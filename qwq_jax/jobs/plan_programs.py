@@ -126,16 +126,15 @@ def rl_work(
 
 
 def _engine_work(settings: EngineConfig, model: ModelConfig, layout: Layout) -> Work:
-    settings = settings.model_copy(update={"num_pages": settings.num_pages or _SOME_PAGES})
-    assert settings.num_pages is not None
-    if settings.num_pages * settings.page_size < (settings.max_context or model.max_context):
-        # Only to have a shape at all: how many pages there are is decided by those who ask.
-        settings = settings.model_copy(update={"max_context": settings.num_pages * settings.page_size})
+    pages = settings.num_pages or _SOME_PAGES
+    # Only to have a shape at all: those who ask decide how many pages there are.
+    context = min(settings.max_context or model.max_context, pages * settings.page_size)
+    settings = settings.model_copy(update={"num_pages": pages, "max_context": context})
     spec = cache_spec(
         model,
         layout,
         replicas=layout.size("replica"),
-        pages=settings.num_pages,
+        pages=pages,
         page_size=settings.page_size,
         dtype=settings.cache_dtype or settings.compute_dtype,
     )
@@ -155,7 +154,7 @@ def _engine_work(settings: EngineConfig, model: ModelConfig, layout: Layout) -> 
         },
         {},
         {"engine's weights": weights, "key-value cache": (abstract_layer(spec, layout),) * model.num_layers},
-        settings.num_pages,
+        pages,
         spec,
         counts=counts,
     )

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+from qwq_jax.config.mesh import MeshConfig
 from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.plan import Calibration
 from qwq_jax.jobs.plan_job import Job, engine_of
@@ -41,7 +42,7 @@ def parts_of(
     with_attention = _with_attention(job, programs, rows)
     seconds = {}
     for name, cost in with_attention.items():
-        mesh = job.config.mesh if name not in ("decode", "prompts") or job.kind != "rl" else _decode_mesh(job)
+        mesh = _mesh_of(job, name)
         seconds[name] = least_seconds(
             cost,
             topology,
@@ -56,20 +57,21 @@ def parts_of(
     return _rl(job, seconds, topology, rows)
 
 
-def _decode_mesh(job: Job) -> object:
-    return job.config.decode_mesh or job.config.mesh
+def _mesh_of(job: Job, program: str) -> MeshConfig:
+    """Where a program runs: those of an engine may have another mesh."""
+    if job.kind == "rl" and program in ("decode", "prompts"):
+        return job.config.decode_mesh or job.config.mesh
+    return job.config.mesh
 
 
 def _with_attention(job: Job, programs: Mapping[str, ProgramCost], rows: int) -> dict[str, ProgramCost]:
     """The programs with what the attention kernels compute, which their text does not say."""
     model, out = job.model, {}
     for name, cost in programs.items():
-        tensor = job.config.mesh.tensor
         layers = model.num_layers * model.num_heads
         lengths = job.workload
         added = 0.0
         if name in ("decode", "prompts"):
-            tensor = (job.config.decode_mesh or job.config.mesh).tensor if job.kind == "rl" else tensor
             added = attention_flops(queries=rows, context=lengths.live_tokens, heads=layers, head_dim=model.head_dim)
             if name == "prompts":
                 added += attention_flops(
@@ -86,7 +88,7 @@ def _with_attention(job: Job, programs: Mapping[str, ProgramCost], rows: int) ->
                 head_dim=model.head_dim,
                 passes=_passes(job) if name in ("gradient", "step") else 1.0,
             )
-        out[name] = replace(cost, flops=cost.flops + added / tensor)
+        out[name] = replace(cost, flops=cost.flops + added / _mesh_of(job, name).tensor)
     return out
 
 

@@ -22,7 +22,7 @@ from qwq_jax.config.rl import RlConfig
 from qwq_jax.config.train import SftConfig
 from qwq_jax.jobs.plan_programs import Work, inference_work, rl_work, sft_work
 from qwq_jax.plan.cost import ProgramCost
-from qwq_jax.plan.hlo import collectives, loop_body, matrix_flops, moved_bytes, parse
+from qwq_jax.plan.hlo import collectives, decode_round, matrix_flops, moved_bytes, parse
 
 # What the compiler says of a program that a device cannot hold.
 _USED = re.compile(r"Used ([\d.]+)([KMGT])?i?B? of ([\d.]+)([KMGT])?i?B? hbm")
@@ -108,7 +108,7 @@ def measure_program(work: Work, name: str, folder: Path, *, live: int) -> dict[s
     found = compiled.memory_analysis()
     module = parse(max(folder.glob("*hlo.txt"), key=lambda path: path.stat().st_size).read_text())
     # A window of decoding is a loop, of which one round is a token of each sequence.
-    start = loop_body(module) if name == "decode" else "ENTRY"
+    start = decode_round(module) if name == "decode" else "ENTRY"
     layer = _live_bytes(work, live) if name in ("decode", "prompts") else 0
     return ProgramCost(
         temporaries=found.temp_size_in_bytes,

@@ -173,10 +173,15 @@ def walk(module: Module, name: str, times: int = 1) -> Iterator[tuple[Operation,
                 yield from walk(module, inner, times)
 
 
-def loop_body(module: Module) -> str:
-    """The body of the loop that does the most, which in a decode program is one step; the entry where there is none."""
-    bodies = [each.called("body") or "" for each in module["ENTRY"] if each.kind == "while"]
-    return max(bodies, key=lambda body: len(module.get(body, ())), default="ENTRY")
+def decode_round(module: Module) -> str:
+    """The computation that holds the paged kernel: the body of a window's loop, or the entry where there is none."""
+    holders = [
+        name
+        for name, operations in module.items()
+        if any("tpu_custom_call" in each.rest and "paged" in each.name for each in operations)
+    ]
+    assert set(holders) - {"ENTRY"}, "a decode program has a paged kernel"
+    return "ENTRY" if "ENTRY" in holders else holders[0]
 
 
 def matrix_flops(module: Module, name: str) -> float:
@@ -204,7 +209,9 @@ def _product_flops(each: Operation, shapes: Mapping[str, str]) -> float:
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.rest)
     assert labels is not None, each.rest[:200]
     shaped = [[int(n) for n in extents.split(",") if n] for extents in (left[2], right[2], result[2])]
-    inputs, weights, outputs = (dict(zip(label, shape, strict=True)) for label, shape in zip(labels.groups(), shaped))
+    inputs, weights, outputs = (
+        dict(zip(label, shape, strict=True)) for label, shape in zip(labels.groups(), shaped, strict=True)
+    )
     window = re.search(r"window=\{([^}]*)\}", each.rest)
     pairs = _meetings(window[1] if window else "", inputs, weights, outputs)
     return 2.0 * outputs["b"] * outputs["f"] * weights["i"] * pairs

@@ -82,7 +82,7 @@ def write_page(path: Path, document: Mapping[str, Any]) -> None:
 
 def render(document: Mapping[str, Any]) -> str:
     """The page of a plan's plain values."""
-    topologies = document["topologies"]
+    topologies = [each for plan in document["topologies"] for each in (plan, plan["recommended"]) if each is not None]
     names = [name for name in FACTS if any(name in each["facts"] for each in topologies)]
     return (
         Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)

@@ -46,6 +46,7 @@ class TopologyPlan:
         parts: Of a step's time; a step of inference is a token of each row.
         facts: Figures of the job as a whole, by name: see `facts_of`.
         advice: Other settings, estimated to be faster, as words for ``--set``; none where these are the best known.
+        better: The plan of the advice, if it was compiled.
     """
 
     topology: Topology
@@ -58,6 +59,7 @@ class TopologyPlan:
     parts: tuple[Part, ...] = ()
     facts: Mapping[str, float] = field(default_factory=dict)
     advice: tuple[str, ...] = ()
+    better: "TopologyPlan | None" = None
 
     @property
     def fits(self) -> bool:
@@ -99,6 +101,7 @@ class TopologyPlan:
             ],
             "facts": dict(self.facts),
             "advice": list(self.advice),
+            "recommended": None if self.better is None else self.better.to_json(),
         }
 
     def _program(self, name: str, cost: ProgramCost) -> dict[str, Any]:

@@ -9,10 +9,15 @@ from qwq_jax.config.plan import Prices
 from qwq_jax.plan.chips import GB
 from qwq_jax.plan.result import TopologyPlan
 
+_WIDTH = 160
+
 
 def show(plans: Sequence[TopologyPlan], prices: Prices, console: Console | None = None) -> None:
     """Prints a line a topology, then what each of them spends its memory and its time on."""
     console = console or Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH)  # a file or a pipe has no edge
+    plans = [each for plan in plans for each in (plan, plan.better) if each is not None]
     console.print(_overview(plans, prices))
     for plan in plans:
         for problem in plan.problems:

@@ -1,0 +1,214 @@
+"""``plan``: what it says of jobs and slices; the compiler's part is canned here but for the slow test."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwq_jax.__main__ import main
+from qwq_jax.jobs import plan as job
+from qwq_jax.jobs.plan_job import read_job
+from qwq_jax.plan.chips import GB, parse_topology
+from qwq_jax.plan.compiler import Request
+
+QWQ = "configs/models/qwq-32b.toml"
+INFERENCE = "configs/inference/qwq_32b.toml"
+USABLE = {"v5e": 16.9, "v6e": 33.5, "v5p": 102.8}
+
+
+def canned(request: Request) -> dict[str, Any]:
+    """What a compiler might say, in round figures."""
+    chip = request.job["topology"].partition(":")[0]
+    match request.task:
+        case "device":
+            return {"usable": int(USABLE[chip] * GB)}
+        case "arrays":
+            tensor = (request.job["config"].get("decode_mesh") or request.job["config"]["mesh"])["tensor"]
+            trained = {} if request.job["kind"] == "inference" else {"trained weights and moments": 6 * 10**9}
+            engine = {"engine's weights": 65_000_000_000 // tensor, "key-value cache": 10**9}
+            return {
+                "usable": int(USABLE[chip] * GB),
+                "held": trained,
+                "engine": {} if request.job["kind"] == "sft" else engine,
+                "page": 33_554_432 // tensor,
+                "gradients": 10**9 if request.job["kind"] == "rl" else 0,
+                "counts": {"decode": 6, "prompts": 4},
+            }
+        case "gradient" if request.job["config"]["rows_per_micro_batch"] > 64:
+            return {"used": 120 * 10**9, "usable": int(USABLE[chip] * GB)}
+        case _:
+            exchange = {"kind": "all-reduce", "group": 8, "stride": 1, "bytes": 655_360, "count": 129}
+            return {
+                "temporaries": 10**8,
+                "result": 0,
+                "code": 10**7,
+                "flops": 6e11,
+                "moved": 9 * 10**9,
+                "collectives": [exchange],
+            }
+
+
+@pytest.fixture(autouse=True)
+def compiler(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[Request]:
+    asked: list[Request] = []
+
+    def answer_all(requests: Sequence[Request], **_: Any) -> list[Mapping[str, Any]]:
+        asked.extend(requests)
+        return [canned(each) for each in requests]
+
+    if "slow" not in request.keywords:
+        monkeypatch.setattr(job, "answer_all", answer_all)
+        monkeypatch.setattr(job, "is_kept", lambda request, store: True)
+    return asked
+
+
+def run(*words: str) -> int:
+    return main(["plan", *words])
+
+
+def test_inference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prices.toml").write_text("currency = 'EUR'\n[chip_hour]\nv6e = 3.6\n")
+    code = run(
+        *(INFERENCE, "--model", QWQ, "--topology", "v6e:2x4", "--output", str(tmp_path)),
+        *("--prices", str(tmp_path / "prices.toml"), "--prompt-tokens", "1024", "--completion-tokens", "4096"),
+    )
+    assert code == 0
+    shown = capsys.readouterr().out
+    assert "tokens/s/chip" in shown and "cost of 1M tokens, EUR" in shown
+    plan = json.loads((tmp_path / "plan.json").read_text())["topologies"][0]
+    step = plan["programs"]["decode"]["seconds"]
+    assert step["hbm"] == pytest.approx(9e9 / 1.64e12)
+    assert step["total"] == pytest.approx(step["hbm"] + step["network_waited"])
+    prompts = plan["programs"]["prompts"]["seconds"]["total"] * 64 * 1024 / 4096 / 2048
+    rate = 64 / (step["total"] + prompts)
+    assert plan["facts"]["tokens_per_second"] == pytest.approx(rate)
+    assert plan["facts"]["price_of_million_tokens"] == pytest.approx(8 * 3.6 / 3600 / rate * 1e6)
+    # 6 programs of decoding and 4 of prompts, of 10 MB each, stay.
+    assert plan["memory"]["held"] == {"programs": 10 * 10**7}
+    page, free = 33_554_432 // 8, plan["memory"]["usable"] - 65e9 / 8 - 1e8 - 1e8
+    assert plan["facts"]["cache_tokens_of_replica"] == free // page * 128
+    page = (tmp_path / "plan.html").read_text()
+    assert "v6e:2x4" in page and "<script" not in page and "http" not in page.replace("http-equiv", "")
+
+
+def test_a_calibration_corrects_what_it_measured(tmp_path: Path) -> None:
+    (tmp_path / "measured.toml").write_text(
+        "[[measured]]\nchip = 'v6e'\nprogram = 'decode'\nseconds = 3.0\npredicted = 2.0\n"
+    )
+    for name, words in (("plain", ()), ("calibrated", ("--calibration", str(tmp_path / "measured.toml")))):
+        assert run(INFERENCE, "--model", QWQ, "--topology", "v6e:2x4", "--output", str(tmp_path / name), *words) == 0
+    plain, calibrated = (
+        json.loads((tmp_path / name / "plan.json").read_text())["topologies"][0]["programs"]
+        for name in ("plain", "calibrated")
+    )
+    assert calibrated["decode"]["seconds"]["total"] == pytest.approx(1.5 * plain["decode"]["seconds"]["total"])
+    assert calibrated["prompts"]["seconds"]["total"] == plain["prompts"]["seconds"]["total"]
+
+
+def test_a_slice_that_is_too_small_is_refused_with_what_is_short(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(INFERENCE, "--model", QWQ, "--topology", "v5e:2x2") == 2
+    printed = capsys.readouterr()
+    text = " ".join(printed.out.split())
+    assert "does not fit v5e:2x2" in text and "--set" in text, "it says what would fit"
+    assert printed.err.startswith("error: qwq_32b.toml does not fit every topology asked for")
+
+
+def test_a_program_that_is_too_large_says_by_how_much(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = ("configs/rl/qwq_32b_stage1.toml", "--model", QWQ, "--topology", "v5p:4x4x4")
+    assert run(*recipe, "--set", "rows_per_micro_batch=128") == 2
+    text = " ".join(capsys.readouterr().out.split())
+    assert "gradient needs 120.00 GB of the 102.80 GB of a device, 17.20 GB too much; lower rows_per_micro" in text
+
+
+def test_reinforcement_learning_adds_up(tmp_path: Path) -> None:
+    words = ("--model", QWQ, "--topology", "v5p:4x4x4", "--output", str(tmp_path))
+    assert run("configs/rl/qwq_32b_stage1.toml", *words) == 0
+    plan = json.loads((tmp_path / "plan.json").read_text())["topologies"][0]
+    parts = {part["program"]: part for part in plan["parts"]}
+    # 2,048 completions on 16 replicas, whose pages hold 93 sequences of the mean length, half of the longest.
+    assert plan["facts"]["rows"] == 8192 * 128 // (1024 + 10_240) == 93
+    assert parts["decode"]["runs"] == pytest.approx(2048 / 16 / 93 * 10_240)
+    micro_batches = 2048 * (1024 + 10_240) / 22_528 / 32
+    assert parts["gradient"]["runs"] == pytest.approx(micro_batches)
+    assert plan["facts"]["step_seconds"] == pytest.approx(sum(part["seconds"] for part in plan["parts"]))
+    assert plan["facts"]["run_seconds"] == pytest.approx(400 * plan["facts"]["step_seconds"])
+
+
+def test_another_slice_gets_a_mesh_of_its_own(compiler: list[Request], tmp_path: Path) -> None:
+    words = ("--model", QWQ, "--topology", "v6e:4x4,v6e:2x4", "--output", str(tmp_path))
+    assert run(INFERENCE, *words) == 0
+    plans = json.loads((tmp_path / "plan.json").read_text())["topologies"]
+    for plan in plans:
+        assert plan["mesh"]["data"] * plan["mesh"]["tensor"] == parse_topology(plan["topology"]).devices
+    assert any(word.startswith("mesh.data") for word in plans[0]["settings"])
+    assert not plans[1]["settings"]
+    compiled = {
+        request.job["topology"]: request.job["config"]["mesh"] for request in compiler if request.task == "decode"
+    }
+    assert compiled == {plan["topology"]: plan["mesh"] for plan in plans}
+
+
+def test_a_search_compiles_what_it_recommends(compiler: list[Request], tmp_path: Path) -> None:
+    words = ("--model", QWQ, "--topology", "v6e:2x4", "--output", str(tmp_path), "--search")
+    assert run(INFERENCE, *words) == 0
+    (plan,) = json.loads((tmp_path / "plan.json").read_text())["topologies"]
+    assert plan["recommended"]["settings"] == plan["advice"] != []
+    weights = [request.job["config"]["engine"]["weights"] for request in compiler if request.task == "decode"]
+    assert weights[0] is None and weights[1] in ("int8", "int4")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((INFERENCE, "--model", QWQ), "say which slices: --topology v5e:4x4,v6e:2x4, or --all"),
+        ((INFERENCE, "--model", QWQ, "--topology", "h100:8"), "topology h100:8: the chip is 'h100'"),
+        ((INFERENCE, "--topology", "v5e:4x4"), "say which architecture with --model"),
+        ((INFERENCE, "--model", "absent.toml", "--topology", "v5e:4x4"), "absent.toml: cannot be read"),
+        (("absent.toml", "--model", QWQ, "--topology", "v5e:4x4"), "absent.toml: cannot be read"),
+        (("configs/rl/tiny_dpo.toml", "--topology", "v5e:4x4"), "plans are made of rl, sft and inference"),
+        (
+            ("configs/rl/qwq_32b_stage2.toml", "--model", QWQ, "--topology", "v5p:4x4x4"),
+            "say its architecture with --reward-model",
+        ),
+        (
+            ("configs/rl/qwq_32b_stage1.toml", "--topology", "v5p:4x4x4"),
+            "model gs://BUCKET/qwq-32b is not here; say its architecture with --model",
+        ),
+        ((INFERENCE, "--model", QWQ, "--reward-model", QWQ, "--topology", "v5e:4x4"), "has no reward model"),
+        ((INFERENCE, "--model", QWQ, "--all", "--topology", "v5e:4x4"), "--all and --topology exclude each other"),
+        ((INFERENCE, "--model", QWQ, "--topology", "v5e:4x4", "--set", "engine.pages=3"), "engine.pages: unknown key"),
+    ],
+)
+def test_bad_input_is_one_sentence(words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*words) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_model_is_read_from_what_hugging_face_has(tmp_path: Path) -> None:
+    own = read_job(
+        Path(INFERENCE), (), model=Path("qwq_jax/embedded/tiny-reasoner"), reward_model=None, lengths=(None, None)
+    )
+    assert own.model.num_layers == 4
+
+
+@pytest.mark.slow
+def test_a_real_compiler_agrees_with_the_arithmetic(tmp_path: Path) -> None:
+    """Two layers of the 32B on eight chips: bytes and products of a step are those of its weights and its cache."""
+    pytest.importorskip("libtpu", reason="the TPU compiler runs on Linux only")
+    small = tmp_path / "two_layers.toml"
+    small.write_text(Path(QWQ).read_text().replace("num_layers = 64", "num_layers = 2"))
+    words = ("--model", str(small), "--topology", "v6e:2x4", "--output", str(tmp_path))
+    lengths = ("--prompt-tokens", "4096", "--completion-tokens", "8192")
+    assert run(INFERENCE, *words, *lengths) == 0
+    plan = json.loads((tmp_path / "plan.json").read_text())["topologies"][0]
+    decode = plan["programs"]["decode"]
+    layer = 2 * 5120 * 48 * 128 + 3 * 5120 * 27_648
+    products = 2 * layer + 152_064 * 5120
+    assert decode["matrix_flops"] == pytest.approx((2 * products * 64) / 8, rel=0.02)
+    cache = 2 * 64 * 8192 * 2 * 128 * 2
+    assert decode["hbm_bytes"] == pytest.approx(2 * products / 8 + cache, rel=0.1)
+    reduced = [each for each in decode["collectives"] if each["bytes"] == 64 * 5120 * 2]
+    assert sum(each["count"] for each in reduced) == 2 * 2 + 1 and {each["axes"] for each in reduced} == {"tensor"}

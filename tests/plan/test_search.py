@@ -1,0 +1,84 @@
+"""The closed forms of the search, against the arrays of the model itself."""
+
+import jax.numpy as jnp
+import pytest
+
+from qwq_jax.config.engine import EngineConfig
+from qwq_jax.config.load import load_toml
+from qwq_jax.config.mesh import MeshConfig
+from qwq_jax.config.model import ModelConfig
+from qwq_jax.config.plan import Calibration, Measured, Workload
+from qwq_jax.config.weights import parse_weights
+from qwq_jax.model.cache import cache_spec
+from qwq_jax.model.spec import model_spec
+from qwq_jax.plan.chips import GB, parse_topology
+from qwq_jax.plan.search import engine_choices, tensor_sizes, token_bytes, train_choices, weight_bytes
+from qwq_jax.sharding import decode_layout, make_mesh
+
+QWQ = load_toml("configs/models/qwq-32b.toml", ModelConfig)
+
+
+def test_tensor_sizes_are_those_that_a_layout_accepts() -> None:
+    assert tensor_sizes(QWQ, 64) == [1, 2, 4, 8]
+    for size in tensor_sizes(QWQ, 8):
+        decode_layout(make_mesh(MeshConfig(tensor=size))).kv_copies(QWQ.num_heads, QWQ.num_kv_heads)
+
+
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+@pytest.mark.parametrize("tensor", [1, 8])
+def test_bytes_of_weights_are_those_of_the_model(weights: str | None, tensor: int) -> None:
+    """But for norms, biases and the scales of 8 bits, which are less than a part in two hundred."""
+    layout = decode_layout(make_mesh(MeshConfig(tensor=tensor)))
+    spec = model_spec(QWQ, jnp.bfloat16, weights=None if weights is None else parse_weights(weights))
+    total = 0.0
+    for array in spec.values():
+        bits = 4 if array.dtype == jnp.int4 else 8 * jnp.dtype(array.dtype).itemsize
+        extents = layout.sharding(array.axes, array.shape).shard_shape(array.shape)
+        size = 1
+        for extent in extents:
+            size *= extent
+        total += size * bits / 8
+    assert weight_bytes(QWQ, weights, tensor) == pytest.approx(total, rel=5e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("tensor", [1, 4, 8])
+def test_bytes_of_a_token_are_those_of_the_cache(dtype: str, tensor: int) -> None:
+    layout = decode_layout(make_mesh(MeshConfig(tensor=tensor)))
+    spec = cache_spec(QWQ, layout, replicas=1, pages=4, page_size=128, dtype=dtype)
+    assert token_bytes(QWQ, dtype, tensor) == pytest.approx(spec.nbytes / (4 * 128) / tensor)
+
+
+def test_choices_fit_and_the_fastest_comes_first() -> None:
+    usable = int(33.5 * GB)
+    workload = Workload(prompt_tokens=1024, completion_tokens=4096)
+    found = engine_choices(
+        QWQ, parse_topology("v6e:2x4"), workload, usable=usable, engine=EngineConfig(max_context=16384)
+    )
+    speeds = [choice.tokens_per_second for choice in found]
+    assert speeds == sorted(speeds, reverse=True)
+    for choice in found:
+        cache = choice.rows * 5120 * token_bytes(QWQ, choice.cache_dtype, choice.mesh.tensor)
+        assert weight_bytes(QWQ, choice.weights, choice.mesh.tensor) + cache < usable
+    best = found[0]
+    assert best.cache_dtype == "int8" and best.weights is not None, "8 bits read half as much"
+
+
+def test_what_fits_nowhere_gives_no_choice() -> None:
+    assert not engine_choices(
+        QWQ, parse_topology("v5e:2x2"), Workload(), usable=int(1 * GB), engine=EngineConfig(max_context=16384)
+    )
+    assert not train_choices(QWQ, parse_topology("v5e:4x4"), usable=int(16.9 * GB), row_length=4096)
+
+
+def test_training_meshes_hold_the_state() -> None:
+    for choice in train_choices(QWQ, parse_topology("v5p:4x4x4"), usable=int(102 * GB), row_length=16384):
+        assert choice.mesh.size == 64
+        assert choice.bytes_needed > 16 * QWQ.num_parameters / 64
+
+
+def test_a_calibration_is_the_mean_of_its_measurements() -> None:
+    pair = [Measured(chip="v6e", program="decode", seconds=s, predicted=1.0) for s in (1.0, 4.0)]
+    calibration = Calibration(measured=tuple(pair))
+    assert calibration.factor("v6e", "decode") == pytest.approx(2.0)
+    assert calibration.factor("v5e", "decode") == calibration.factor("v6e", "gradient") == 1.0
