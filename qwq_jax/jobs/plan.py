@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -141,6 +142,7 @@ def _bar() -> Progress:
         TimeElapsedColumn(),
         console=Console(stderr=True),
         transient=True,
+        disable=not sys.stderr.isatty(),
     )
 
 
@@ -152,7 +154,7 @@ def _ask(requests: Sequence[Request], what: str, options: PlanOptions, bar: Prog
 
     def done(request: Request) -> None:
         bar.update(task, advance=1)
-        if not bar.console.is_terminal:
+        if bar.disable:
             LOG.info("compiled %s for %s", request.task, request.job.get("topology"))
 
     answers = answer_all(requests, store=options.store, workers=options.workers, progress=done)

@@ -81,8 +81,9 @@ def test_a_loop_counts_as_often_as_it_runs_and_of_branches_the_larger() -> None:
 
 
 def test_a_loop_that_may_end_early_counts_once() -> None:
-    early = "%lt = pred[] compare(%i, %limit), direction=LT\n  %all = pred[] constant(true)\n  ROOT %and = pred[] and(%lt, %all)"
-    text = LOOP.replace("ROOT %lt = pred[] compare(%i, %limit), direction=LT", early).replace("GROUPS", "{{0,1}}")
+    always = "ROOT %lt = pred[] compare(%i, %limit), direction=LT"
+    early = f"{always[5:]}\n  %all = pred[] constant(true)\n  ROOT %and = pred[] and(%lt, %all)"
+    text = LOOP.replace(always, early).replace("GROUPS", "{{0,1}}")
     assert matrix_flops(parse(text), "ENTRY") == 2 * 4 * 8 * 8
 
 
