@@ -370,6 +370,7 @@ def plan(
     prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Mean length of a prompt.")] = None,
     completion_tokens: Annotated[int | None, typer.Option(min=1, help="Mean length of a completion.")] = None,
     prices: Annotated[Path | None, typer.Option(help="TOML with the price of a chip's hour.")] = None,
+    provisioning: Annotated[str, typer.Option(help="Which price: on-demand, spot, reserved, ...")] = "on-demand",
     calibration: Annotated[Path | None, typer.Option(help="TOML with measured times.")] = None,
     output: Annotated[Path | None, typer.Option(help="Directory for plan.json and plan.html.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Compilations at a time.")] = os.cpu_count() or 1,
@@ -391,6 +392,7 @@ def plan(
         runtime.cache_directory() / "plan",
         workers,
         search,
+        provisioning,
     )
     lengths = (prompt_tokens, completion_tokens)
     asked = read_job(config, overrides or (), model=model, reward_model=reward_model, lengths=lengths)

@@ -66,6 +66,7 @@ NO_JAX = (
     "engine/arrays.py",
     "engine/thoughts.py",
     "engine/lookup.py",
+    "plan/",
     "rl/rewards/",
 )
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax")

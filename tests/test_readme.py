@@ -18,6 +18,8 @@ from qwq_jax.config.rl import RlConfig
 from qwq_jax.config.sampling import SamplingParams
 from qwq_jax.config.train import SftConfig
 from qwq_jax.jobs.batch_file import PromptLine, parse_line
+from qwq_jax.jobs.plan import read_topologies
+from qwq_jax.jobs.plan_job import read_job
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -33,7 +35,7 @@ COMMANDS = [line for block in blocks("bash") for line in block.strip().splitline
 
 def test_there_are_commands():
     verbs = {shlex.split(line)[1] for line in COMMANDS if line.startswith("qwq-jax ")}
-    assert {"convert", "export", "generate", "chat", "serve", "warm-up", "sft", "rl", "eval"} <= verbs
+    assert {"convert", "export", "generate", "chat", "serve", "warm-up", "sft", "rl", "eval", "plan"} <= verbs
 
 
 def build_settings(verb: str, given: dict[str, Any]) -> None:
@@ -43,6 +45,11 @@ def build_settings(verb: str, given: dict[str, Any]) -> None:
         load_toml(ROOT / given["config"], SftConfig, overrides)
     elif verb == "rl":
         load_toml(ROOT / given["config"], RlConfig, overrides)
+    elif verb == "plan":
+        read_topologies(given["topology"], given["all_topologies"])
+        read_job(
+            ROOT / given["config"], overrides, model=ROOT / given["model"], reward_model=None, lengths=(None, None)
+        )
     elif "overrides" in given:
         build(InferenceConfig, {}, overrides, source="settings")
 

@@ -27,11 +27,15 @@ class Prices(Frozen):
 
     Attributes:
         currency: Of the figures.
-        chip_hour: Price of an hour of one chip, by its name in a topology.
+        chip_hour: Price of an hour of one chip, by ``CHIP.PROVISIONING``, such as ``"v5e.spot"``.
     """
 
     currency: str = "USD"
-    chip_hour: dict[str, PositiveFloat] = {}
+    chip_hour: dict[str, PositiveFloat] = Field(default_factory=dict)
+
+    def of(self, chip: str, provisioning: str) -> float | None:
+        """What an hour of a chip costs; None where nobody said."""
+        return self.chip_hour.get(f"{chip}.{provisioning}")
 
 
 class Measured(Frozen):

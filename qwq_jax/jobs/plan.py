@@ -39,6 +39,7 @@ class PlanOptions:
     Attributes:
         topologies: Slices, as libtpu names them.
         prices: Of chips.
+        provisioning: How they are got, which decides the price: ``on-demand``, ``spot``, ...
         calibration: Of programs.
         output: Directory of ``plan.json`` and ``plan.html``; None to show only.
         store: Directory of what was compiled before.
@@ -53,6 +54,7 @@ class PlanOptions:
     store: Path
     workers: int
     search: bool = False
+    provisioning: str = "on-demand"
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def plan(job: Job, options: PlanOptions) -> list[TopologyPlan]:
         ValueError: A topology is none, or the job cannot be compiled at all.
     """
     plans = make_plans(job, options)
-    show(plans, options.prices)
+    show(plans, options.prices, options.provisioning)
     if options.output is not None:
         write(plans, job, options)
     return plans
@@ -348,7 +350,7 @@ def _planned(case: _Case, found: Mapping[str, dict[str, Any]], options: PlanOpti
     rows = _live_rows(case)
     parts, facts = parts_of(case.job, programs, case.topology, rows=rows, calibration=options.calibration)
     facts |= _room(case, memory)
-    price = options.prices.chip_hour.get(case.topology.chip.name)
+    price = options.prices.of(case.topology.chip.name, options.provisioning)
     if price is not None:
         hourly = price * case.topology.chips
         if "tokens_per_second" in facts:

@@ -12,7 +12,9 @@ from qwq_jax.plan.result import TopologyPlan
 _WIDTH = 160
 
 
-def show(plans: Sequence[TopologyPlan], prices: Prices, console: Console | None = None) -> None:
+def show(
+    plans: Sequence[TopologyPlan], prices: Prices, provisioning: str = "on-demand", console: Console | None = None
+) -> None:
     """Prints a line a topology, then what each of them spends its memory and its time on."""
     console = console or Console()
     if not console.is_terminal:
@@ -29,7 +31,8 @@ def show(plans: Sequence[TopologyPlan], prices: Prices, console: Console | None 
             console.print(_times(plan))
         if plan.advice:
             console.print(f"{plan.topology.name}: faster by estimate: --set {' --set '.join(plan.advice)}")
-    if unpriced := sorted({p.topology.chip.name for p in plans if p.topology.chip.name not in prices.chip_hour}):
+    chips = sorted({plan.topology.chip.name for plan in plans})
+    if unpriced := [f"{chip}.{provisioning}" for chip in chips if prices.of(chip, provisioning) is None]:
         console.print(f"No cost: --prices names no chip_hour of {', '.join(unpriced)}.", highlight=False)
 
 

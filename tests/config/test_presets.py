@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from qwq_jax.config.inference import InferenceConfig
 from qwq_jax.config.load import load_toml
 from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.preference import PreferenceConfig
@@ -84,5 +85,10 @@ def test_every_run_of_reinforcement_learning_loads(path):
     assert isinstance(load_toml(path, kind), kind)
 
 
+@pytest.mark.parametrize("path", sorted((DIRECTORY.parent / "inference").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_config_of_inference_loads(path):
+    assert isinstance(load_toml(path, InferenceConfig), InferenceConfig)
+
+
 def test_every_config_is_of_a_kind_that_is_tested():
-    assert {path.name for path in DIRECTORY.parent.iterdir()} <= {"models", "sft", "rl"}
+    assert {path.name for path in DIRECTORY.parent.iterdir()} <= {"models", "sft", "rl", "inference"}

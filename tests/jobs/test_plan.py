@@ -69,10 +69,11 @@ def run(*words: str) -> int:
 
 
 def test_inference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "prices.toml").write_text("currency = 'EUR'\n[chip_hour]\nv6e = 3.6\n")
+    (tmp_path / "prices.toml").write_text("currency = 'EUR'\n[chip_hour]\n'v6e.spot' = 3.6\n")
     code = run(
         *(INFERENCE, "--model", QWQ, "--topology", "v6e:2x4", "--output", str(tmp_path)),
-        *("--prices", str(tmp_path / "prices.toml"), "--prompt-tokens", "1024", "--completion-tokens", "4096"),
+        *("--prices", str(tmp_path / "prices.toml"), "--provisioning", "spot"),
+        *("--prompt-tokens", "1024", "--completion-tokens", "4096"),
     )
     assert code == 0
     shown = capsys.readouterr().out
