@@ -160,7 +160,7 @@ def test_every_mesh_gives_the_same_tokens(
     "sizes",
     [
         pytest.param({"max_sequences": 1, "max_prefill_sequences": 1}, marks=pytest.mark.slow),
-        {"page_size": 4, "prefill_chunk": 7},
+        pytest.param({"page_size": 4, "prefill_chunk": 7}, marks=pytest.mark.slow),
         {"num_pages": 24, "page_size": 4, "prefix_cache": False},
     ],
     ids=str,
@@ -219,7 +219,7 @@ def test_a_cache_that_cannot_hold_one_context_is_refused(tiny_config: ModelConfi
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(tensor=8), pytest.param(MeshConfig(data=2, tensor=4), marks=pytest.mark.slow)]
+    "mesh", [MeshConfig(tensor=8), pytest.param(MeshConfig(data=2, tensor=4), marks=pytest.mark.exhaustive)]
 )
 def test_a_vocabulary_that_the_mesh_divides_is_sharded_and_changes_nothing(
     tiny_config: ModelConfig, prompts: list[tuple[int, ...]], mesh: MeshConfig

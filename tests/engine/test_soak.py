@@ -156,6 +156,7 @@ def test_ten_thousand_requests_leave_nothing_behind() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_thousands_of_guessed_requests_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.engine.test_engine.next_token", repeating)
     engine = soak(500, 3_000, replace(SHAPE, drafts=3))

@@ -77,7 +77,7 @@ def test_kernels_equal_the_reference(rng, heads, packed, mode):
     assert not races_found()
 
 
-@pytest.mark.parametrize(("length", "width"), [(100, 64), slow(1, 128), slow(257, 128)])
+@pytest.mark.parametrize(("length", "width"), [slow(100, 64), exhaustive(1, 128), exhaustive(257, 128)])
 def test_any_length_and_narrow_heads(rng, length, width):
     q, k, v, d_out = draw(rng, (2, length, width), (4, 2))
     got, want = both(q, k, v, d_out, None, Options(width**-0.5, SMALL, SMALL, interpret("on_wait")))
@@ -98,7 +98,7 @@ def test_diagonal_in_parts(rng, packed):
         np.testing.assert_allclose(left, right, atol=GRADIENT)
 
 
-@pytest.mark.parametrize("parts", [slow(1), slow(2)])
+@pytest.mark.parametrize("parts", [exhaustive(1), slow(2)])
 def test_two_cores_share_the_blocks(rng, parts):
     q, k, v, d_out = draw(rng, (1, 512, 128), (2, 1))
     segments = jnp.asarray(np.repeat([[3, 1, 7, 7]], 128, axis=1), jnp.int32)

@@ -101,7 +101,7 @@ def test_two_processes_with_replicas_of_their_own_share_the_lines(batch: Batch, 
     [
         (2, 1, SPANNING),
         pytest.param(2, 2, MeshConfig(data=2, tensor=2), marks=pytest.mark.exhaustive),
-        (4, 1, MeshConfig(data=2, tensor=2)),
+        pytest.param(4, 1, MeshConfig(data=2, tensor=2), marks=pytest.mark.exhaustive),
     ],
     ids=["spanning", "split", "spanning-pairs"],
 )

@@ -98,6 +98,7 @@ def opened(path, *, mesh=None, row_length=64, policy=None, **config) -> RewardMo
     return RewardModelScorer.open(config, rows, policy=policy, compute_dtype="float32")
 
 
+@pytest.mark.slow
 def test_the_export_is_a_reward_model_to_transformers_and_scores_the_same(checkpoint, exported, conversations):
     model = AutoModelForSequenceClassification.from_pretrained(exported, dtype=torch.float32).eval()
     assert isinstance(model, Qwen2ForSequenceClassification) and model.config.num_labels == 1

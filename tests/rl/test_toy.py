@@ -68,8 +68,8 @@ def test_what_is_rewarded_grows_and_with_the_sign_flipped_it_shrinks(base, tmp_p
     "changes",
     [
         {"compute_dtype": "bfloat16"},
-        {"lora": {"rank": 8, "alpha": 32.0}},
-        {"objective": {"name": "cispo"}},
+        pytest.param({"lora": {"rank": 8, "alpha": 32.0}}, marks=pytest.mark.exhaustive),
+        pytest.param({"objective": {"name": "cispo"}}, marks=pytest.mark.exhaustive),
         {"objective": {"name": "rloo", "kl_coefficient": 0.001}},
     ],
     ids=str,

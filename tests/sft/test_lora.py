@@ -157,6 +157,7 @@ def test_on_a_mesh_it_is_the_same_run(recipe, whole, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_frozen_weights_may_be_bfloat16_and_the_adapter_alone_the_result(recipe, tmp_path):
     settings = load_toml(
         recipe,

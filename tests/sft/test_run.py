@@ -139,6 +139,7 @@ def test_activations_are_float32_on_the_cpu_unless_it_is_said_otherwise(whole):
     assert record["identity"]["compute_dtype"] == "float32"
 
 
+@pytest.mark.slow
 def test_killed_twice_and_resumed_it_is_bitwise_the_same_run(recipe, whole, tmp_path):
     output = tmp_path / "run"
     assert killed(recipe, output, signal=9, at=2) == -9

@@ -30,6 +30,7 @@ def measured(bench):
     return measure(bench, BUDGETS, [], ["shipped"])
 
 
+@pytest.mark.slow
 def test_every_request_ends_within_its_budget_with_an_answer(bench, measured):
     results, found = measured
     assert found == []
@@ -44,6 +45,7 @@ def test_every_request_ends_within_its_budget_with_an_answer(bench, measured):
             assert each.choice.finish_reason == "stop" and each.completion.stop_token_id is not None
 
 
+@pytest.mark.slow
 def test_some_thoughts_are_closed_by_force_and_some_end_in_time(bench, measured):
     closed = {
         point.most: [closed_at(each, bench.close)[1] for each in answers]
@@ -52,6 +54,7 @@ def test_some_thoughts_are_closed_by_force_and_some_end_in_time(bench, measured)
     assert all(closed[6]) and {True, False} == set(closed[40]) and not any(closed[None])
 
 
+@pytest.mark.slow
 def test_the_page_holds_every_setting(bench, measured):
     text = page(*measured, bench, "plot.svg")
     assert all(text.count(f"\n| {budget} | ") == 1 for budget in BUDGETS) and "\n| unbounded | " in text
@@ -59,6 +62,7 @@ def test_the_page_holds_every_setting(bench, measured):
     assert svg(measured[0]).count("<polyline") == 3
 
 
+@pytest.mark.slow
 def test_what_breaks_its_budget_is_told(bench, measured):
     results, _ = measured
     (answered,) = [each for result in results if result.point == Point(6) for each in result.answers[:1]]

@@ -14,7 +14,7 @@ from tools.step_bytes import Case, extrapolated  # noqa: E402
         ("v5e:4x4", "int8", "int8"),
         pytest.param("v6e:2x4", None, "bfloat16", marks=pytest.mark.exhaustive),
         pytest.param("v5p:2x2x1", "int8", "int8", marks=pytest.mark.exhaustive),
-        ("tpu7x:2x2x1", "int8", "float8_e4m3fn"),
+        pytest.param("tpu7x:2x2x1", "int8", "float8_e4m3fn", marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_decode_step_moves_little_more_than_it_must(topology: str, weights: str | None, cache: str) -> None:

@@ -123,7 +123,11 @@ def test_accumulation_does_not_change_gradients(tiny_config, params, segments, s
 
 
 MESHES = [
-    *(pytest.param(MeshConfig(**axes), marks=pytest.mark.slow) for axes in ({"data": 2}, {"data": 8}, {"fsdp": 8})),
+    *(
+        pytest.param(MeshConfig(**axes), marks=[pytest.mark.slow, pytest.mark.exhaustive])
+        for axes in ({"data": 2}, {"data": 8})
+    ),
+    pytest.param(MeshConfig(fsdp=8), marks=pytest.mark.slow),
     MeshConfig(tensor=8),
     MeshConfig(data=2, fsdp=2, tensor=2),
 ]
