@@ -96,7 +96,8 @@ def line(entry: Entry, ours: Entry | None) -> str:
     sizes = ", ".join(map(str, request.sizes))
     cells = [request.chip, f"{request.tokens:,}", request.kernel, sizes]
     if "error" in result:
-        return f"| {' | '.join(cells)} | does not compile | | | | | | |"
+        reason = "not installed" if "is not installed" in result["error"] else "does not compile"
+        return f"| {' | '.join(cells)} | {reason} | | | | | | |"
     hot, chip = hottest(result), CHIPS[request.chip]
     spills = (hot["used"].get("VLOAD:FILL", 0) + hot["used"].get("VSTORE:SPILL", 0)) / hot["bundles"]
     ratio = f"{ours.cycles / result['cycles']:.2f}" if ours and ours.cycles and ours is not entry else ""
@@ -122,7 +123,7 @@ INTRODUCTION = """# Attention kernels by the compiler's schedule
 **Nothing here was timed on a chip.** Every figure is from the static schedule that libtpu's compiler makes for a real
 TPU, on a machine without one. To make it again:
 
-    pip install libtpu
+    pip install libtpu && pip install --no-deps tokamax
     python tools/kernel_schedule.py table --write docs/benchmarks/kernels.md
 
 One row of T tokens, causal, 5 query heads of 128 over one kv head, bf16: QwQ-32B on 8 chips. Queries come scaled, as
