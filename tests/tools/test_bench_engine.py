@@ -19,10 +19,14 @@ def test_workload_is_seeded_ragged_and_capped():
 
 
 def test_report_compares_the_best_with_the_best_peer():
-    runners = [Runner("qwq_jax", lambda: None, 100, [2.0, 1.0]), Runner("a", lambda: None, 100, [4.0, 5.0])]
-    text = report(parse(TINY), [*runners, Runner("b", lambda: None, 50, [1.0])], ["a note"], 1.5)
+    def runner(name, tokens, seconds, foresees=False):
+        return Runner(name, lambda: None, tokens, foresees, seconds)
+
+    runners = [runner("qwq_jax", 100, [2.0, 1.0]), runner("a", 100, [4.0, 5.0]), runner("b", 50, [1.0])]
+    text = report(parse(TINY), [*runners, runner("c", 80, [1.0], foresees=True)], ["a note"], 1.5)
     assert "best peer: b; qwq_jax is 2.00 times as fast" in text
     assert "| a | 25.0 | 22.2 | 4.00 |" in text and "- a note" in text
+    assert "nobody knows beforehand would be at 1.25" in text
 
 
 @pytest.fixture
@@ -42,7 +46,7 @@ def test_a_tiny_run_measures_all_and_a_wrong_token_is_told(tmp_path):
     assert [runner.name for runner in runners][:3] == [
         "qwq_jax",
         "transformers, batches of 2",
-        "transformers, batches of 2, sorted by length",
+        "transformers, batches of 2, sorted by prompts",
     ]
     assert all(len(runner.seconds) == 1 for runner in runners)
     assert any("single stream" in note for note in notes)
