@@ -50,11 +50,14 @@ class CurriculumConfig(Frozen):
         order: ``shuffled`` anew in each pass, or ``easy_first``: by rising difficulty, equal ones shuffled.
         least_difficulty: Easier tasks are left out; those without a difficulty stay.
         most_difficulty: Harder ones are.
+        evaluation: Directory of a finished ``qwq-jax eval`` of these tasks, whose share of wrong replies is then the
+            difficulty of each: 0.05 to 0.95 leaves out what is always or never solved and so teaches nothing.
     """
 
     order: Literal["shuffled", "easy_first"] = "shuffled"
     least_difficulty: float = Field(default=0.0, ge=0.0, le=1.0)
     most_difficulty: float = Field(default=1.0, ge=0.0, le=1.0)
+    evaluation: str | None = None
 
 
 class EvalConfig(Frozen):

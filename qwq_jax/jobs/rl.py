@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,6 +34,7 @@ from qwq_jax.config.sampling import SamplingParams
 from qwq_jax.engine.engine import Engine
 from qwq_jax.engine.runner import DeviceRunner
 from qwq_jax.interrupt import Interrupted, StopRequested
+from qwq_jax.jobs.evaluation_files import EvaluationFiles, judged_tasks, read_scores
 from qwq_jax.jobs.rl_end import finish
 from qwq_jax.jobs.rl_start import (
     Start,
@@ -49,7 +51,7 @@ from qwq_jax.rl.heldout import HeldOut
 from qwq_jax.rl.judging import SharedJudge
 from qwq_jax.rl.optimizers import make_optimizers
 from qwq_jax.rl.policy import LearnConfig
-from qwq_jax.rl.prompts import Prompt, PromptOrder, make_prompts, select
+from qwq_jax.rl.prompts import Prompt, PromptOrder, make_prompts, measured, select
 from qwq_jax.rl.rewards.graded import check_task
 from qwq_jax.rl.rewards.pool import RewardPool
 from qwq_jax.rl.rollout import Rollouts
@@ -191,6 +193,9 @@ def read_tasks(config: RlConfig) -> Tasks:
     both = next((task.task_id for task in held_out if json.dumps(task.messages) in asked), None)
     if both is not None:
         raise ValueError(f"task {both} of evaluation is one of those that are trained on")
+    if config.curriculum.evaluation is not None:
+        files = EvaluationFiles(Path(config.curriculum.evaluation))
+        training = measured(training, judged_tasks(read_scores(files)))
     return Tasks(select(training, config.curriculum), held_out)
 
 

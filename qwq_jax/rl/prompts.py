@@ -1,14 +1,15 @@
 """The prompts of a run in their order: a pure function of the tasks and the seed, with one number as its cursor."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 import grain
 
 from qwq_jax.chat import ChatTokenizer
 from qwq_jax.config.rl import CurriculumConfig
+from qwq_jax.rl.evaluate import JudgedTask
 from qwq_jax.rl.types import Task
 
 LOG = logging.getLogger(__name__)
@@ -47,6 +48,23 @@ def make_prompts(tasks: Sequence[Task], tokenizer: ChatTokenizer, *, longest: in
             "%d of %d tasks are left out: prompts of over %d tokens", len(prompts) - len(kept), len(prompts), longest
         )
     return kept
+
+
+def measured(tasks: Sequence[Task], judged: Iterable[JudgedTask]) -> list[Task]:
+    """The tasks with the difficulty that an evaluation found: the share of replies that were wrong.
+
+    Raises:
+        ValueError: A task was not evaluated, or nothing said whether replies to it were right.
+    """
+    wrong: dict[str, float] = {}
+    for each in judged:
+        right = [sample.correct for sample in each.samples if sample.correct is not None]
+        if right:
+            wrong[each.task_id] = 1.0 - sum(right) / len(right)
+    unknown = next((task.task_id for task in tasks if task.task_id not in wrong), None)
+    if unknown is not None:
+        raise ValueError(f"curriculum.evaluation: task {unknown} was not judged right or wrong there")
+    return [replace(task, difficulty=wrong[task.task_id]) for task in tasks]
 
 
 def select(tasks: Sequence[Task], curriculum: CurriculumConfig) -> list[Task]:

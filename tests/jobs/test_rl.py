@@ -127,6 +127,7 @@ def refused(capsys, recipe, output, *settings) -> str:
         ("rollout.max_prompt_tokens=5", "none of 11 tasks has a prompt of at most 5 tokens"),
         ("tokenizer=/absent", "/absent: no tokenizer.json"),
         ("model=/absent", "/absent"),
+        ("curriculum.evaluation=/absent", "/absent: no finished evaluation is there"),
         ("curriculum.order=easy_first", "easy_first needs a difficulty for each task"),
     ],
 )

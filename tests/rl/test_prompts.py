@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 
 from qwq_jax.chat import ChatTokenizer
 from qwq_jax.config.rl import CurriculumConfig
-from qwq_jax.rl.prompts import PromptOrder, make_prompts, select
+from qwq_jax.rl.evaluate import JudgedTask, Sample
+from qwq_jax.rl.prompts import PromptOrder, make_prompts, measured, select
 from qwq_jax.rl.types import Task
 from tests.rl.scripted import make_prompt
 
@@ -69,6 +70,21 @@ def test_difficulties_are_chosen_and_tasks_without_one_stay():
     chosen = select(tasks, CurriculumConfig(least_difficulty=0.5, most_difficulty=0.75))
     assert [task.task_id for task in chosen] == ["t0", "t2", "t3"]
     assert select(tasks, CurriculumConfig()) == tasks
+
+
+def test_an_evaluation_says_how_difficult_tasks_are():
+    def judged(name, *right):
+        return JudgedTask(name, "s", tuple(Sample(0.0, each) for each in right))
+
+    tasks = [make_task(i) for i in range(3)]
+    found = [judged("t2", False, False), judged("t0", True, True, True, False), judged("t1", True, None)]
+    with_difficulty = measured(tasks, [*found, judged("t9", True)])
+    assert [task.difficulty for task in with_difficulty] == [0.25, 0.0, 1.0]
+    teaching = select(with_difficulty, CurriculumConfig(least_difficulty=0.05, most_difficulty=0.95))
+    assert [task.task_id for task in teaching] == ["t0"]
+    for missing in (found[1:], [*found[1:], judged("t2", None)]):
+        with pytest.raises(ValueError, match="^curriculum.evaluation: task t2 was not judged right or wrong there$"):
+            measured(tasks, missing)
 
 
 def test_a_curriculum_that_cannot_be_is_one_sentence():
