@@ -169,10 +169,25 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             "the mesh uses %d of %d devices; mesh.data, mesh.fsdp and mesh.tensor make it larger", needed, len(devices)
         )
         return _mesh(np.asarray(devices[:needed]).reshape(shape))
+    # Elsewhere the number means something else, such as which GPUs share a fast network.
+    slices = len({device.slice_index for device in devices if device.platform == "tpu"})
+    if slices > 1:
+        return _mesh_of_slices(shape, devices, slices)
     try:  # lets jax order the devices along the machine's network
         return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=_AUTO)
     except NotImplementedError:  # an axis is no product of the network's own: it takes parts of these
         return _mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True))
+
+
+def _mesh_of_slices(shape: tuple[int, int, int], devices: Sequence[Any], slices: int) -> Mesh:
+    """Data is what slices share out: of all that goes over a mesh, its gradients are the least, and can wait."""
+    data, *within = shape
+    if data % slices:
+        raise ValueError(
+            f"mesh.data={data}: these devices are of {slices} slices, between which only data can be split, so it must "
+            f"be a multiple of {slices}"
+        )
+    return _mesh(mesh_utils.create_hybrid_device_mesh((data // slices, *within), (slices, 1, 1), devices))
 
 
 def rearranged(mesh: Mesh, config: MeshConfig) -> Mesh:

@@ -68,6 +68,28 @@ def test_several_processes_must_use_every_device():
     assert make_mesh(MeshConfig(tensor=2), jax.devices()).devices.size == 2
 
 
+class Sliced:
+    """A device of a slice, as far as a mesh looks at it."""
+
+    platform, process_index, device_kind = "tpu", 0, "TPU v5 lite"
+
+    def __init__(self, slice_index, index):
+        self.slice_index, self.id = slice_index, index
+
+    def __repr__(self):
+        return f"{self.slice_index}.{self.id}"
+
+
+def test_only_data_goes_between_slices():
+    devices = [Sliced(slice_index, index) for index in range(4) for slice_index in range(2)]
+    mesh = make_mesh(MeshConfig(data=4, tensor=2), devices)
+    assert mesh.devices.shape == (4, 1, 2)
+    for index, row in enumerate(mesh.devices.reshape(4, 2)):
+        assert {device.slice_index for device in row} == {index // 2}, "the outer half of data is the slice"
+    with pytest.raises(ValueError, match="mesh.data=1: these devices are of 2 slices, .* multiple of 2"):
+        make_mesh(MeshConfig(tensor=8), devices)
+
+
 def test_one_program_has_arrays_on_both_arrangements_of_its_devices():
     """A network may give the devices an order for one shape that it would not give them for the other."""
     around = [0, 1, 2, 3, 7, 6, 5, 4]

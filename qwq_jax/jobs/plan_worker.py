@@ -21,6 +21,7 @@ from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.rl import RlConfig
 from qwq_jax.config.train import SftConfig
 from qwq_jax.jobs.plan_programs import Work, inference_work, rl_work, sft_work
+from qwq_jax.plan.chips import parse_topology
 from qwq_jax.plan.cost import ProgramCost
 from qwq_jax.plan.hlo import collectives, decode_round, matrix_flops, moved_bytes, parse
 
@@ -45,7 +46,9 @@ def main() -> int:
 
 def answer_request(job: Mapping[str, Any], task: str, folder: Path) -> dict[str, Any]:
     """What a task asks of a job: ``device``, ``arrays``, or a program by name."""
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=job["topology"]).devices
+    topology = parse_topology(job["topology"])
+    several = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.slice_name, **several).devices
     if task == "device":
         return {"usable": usable_memory(devices)}
     work = describe_work(job, devices)

@@ -115,16 +115,35 @@ def least_seconds(
 
 
 def exchange_seconds(exchange: Collective, topology: Topology) -> float:
-    """Least time of one exchange: rings along as many axes of the torus as the group needs, and a hop's latency.
+    """Least time of one exchange: rings along as many axes of the torus as the group needs, and a microsecond a hop.
+
+    Between slices the data-center network carries what each device has after the exchange within its slice.
 
     A side that is not closed to a ring (on v5e and v6e shorter than 16, elsewhere no multiple of 4) has half the
     bandwidth.
     """
-    chips = -(-exchange.group // topology.chip.devices)
-    hops = exchange.group // 2
-    latency = HOP_SECONDS * max(1, hops)
-    crossings = _CROSSINGS[exchange.kind] * (exchange.group - 1) / exchange.group
-    return exchange.bytes * crossings / _bandwidth(topology, chips) + latency
+    slices = _slices(exchange, topology)
+    inside = exchange.group // slices
+    seconds = HOP_SECONDS * max(1, inside // 2)
+    if inside > 1:
+        chips = -(-inside // topology.chip.devices)
+        seconds += exchange.bytes * _crossings(exchange.kind, inside) / _bandwidth(topology, chips)
+    if slices > 1:
+        # Each device of a slice exchanges its part with its like in the others.
+        assert topology.chip.between_slices is not None
+        between = topology.chip.between_slices / topology.chip.devices
+        seconds += exchange.bytes / inside * _crossings(exchange.kind, slices) / between
+    return seconds
+
+
+def _crossings(kind: str, members: int) -> float:
+    return _CROSSINGS[kind] * (members - 1) / members
+
+
+def _slices(exchange: Collective, topology: Topology) -> int:
+    """How many slices the members of a group lie in: the outermost axis of a mesh goes over them."""
+    in_slice = topology.devices // topology.slices
+    return min(topology.slices, max(1, exchange.group * exchange.stride // in_slice))
 
 
 def _bandwidth(topology: Topology, chips: int) -> float:

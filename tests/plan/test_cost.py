@@ -28,6 +28,8 @@ def test_topologies() -> None:
         ("v5p:4x4", "v5p slices have 3 sides, as in v5p:2x2x1"),
         ("v6e:0x4", "v6e slices have 2 sides"),
         ("v6e:2xtwo", "v6e slices have 2 sides"),
+        ("two*v6e:2x2", "expected a number of slices before the"),
+        ("2*tpu7x:2x2x1", "how fast slices of tpu7x talk to each other is not known here"),
     ],
 )
 def test_what_is_no_topology_is_refused(name: str, said: str) -> None:
@@ -86,6 +88,19 @@ def test_a_side_that_is_no_ring_has_half_the_links() -> None:
     size = 10**9
     open_side = exchange_seconds(Collective("all-gather", 4, 1, size, 1), parse_topology("v5e:4x4"))
     assert open_side == pytest.approx(size * 0.75 / (CHIPS["v5e"].link / 2), rel=1e-2)
+
+
+def test_slices_exchange_what_each_device_has() -> None:
+    """Two slices of v5e:4x4, data 2 x fsdp 16: gradients are summed within a slice, then each part over the network."""
+    topology = parse_topology("2*v5e:4x4")
+    assert (topology.chips, topology.hosts, topology.slice_name) == (32, 4, "v5e:4x4")
+    size, chip = 16 * 10**9, CHIPS["v5e"]
+    across = exchange_seconds(Collective("all-reduce", 2, 16, size, 1), topology)
+    assert across == pytest.approx(2 * size / 2 / chip.between_slices, rel=1e-3)
+    both = exchange_seconds(Collective("all-reduce", 32, 1, size, 1), topology)
+    inside = exchange_seconds(Collective("all-reduce", 16, 1, size, 1), topology)
+    assert both == pytest.approx(inside + 2 * size / 16 / 2 / chip.between_slices, rel=1e-3)
+    assert exchange_seconds(Collective("all-reduce", 16, 1, size, 1), parse_topology("v5e:4x4")) == inside
 
 
 def test_a_small_exchange_takes_its_hops() -> None:
