@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.topologies import get_topology_desc
 from jax.sharding import PartitionSpec as P
 
 from qwq_jax.config.mesh import MeshConfig
@@ -68,24 +69,15 @@ def test_several_processes_must_use_every_device():
     assert make_mesh(MeshConfig(tensor=2), jax.devices()).devices.size == 2
 
 
-class Sliced:
-    """A device of a slice, as far as a mesh looks at it."""
-
-    platform, process_index, device_kind = "tpu", 0, "TPU v5 lite"
-
-    def __init__(self, slice_index, index):
-        self.slice_index, self.id = slice_index, index
-
-    def __repr__(self):
-        return f"{self.slice_index}.{self.id}"
-
-
-def test_only_data_goes_between_slices():
-    devices = [Sliced(slice_index, index) for index in range(4) for slice_index in range(2)]
-    mesh = make_mesh(MeshConfig(data=4, tensor=2), devices)
-    assert mesh.devices.shape == (4, 1, 2)
-    for index, row in enumerate(mesh.devices.reshape(4, 2)):
-        assert {device.slice_index for device in row} == {index // 2}, "the outer half of data is the slice"
+@pytest.mark.filterwarnings("ignore")  # libtpu looks for the machine it is on, and says that there is none
+def test_only_data_goes_between_slices(monkeypatch):
+    pytest.importorskip("libtpu", reason="the TPU compiler runs on Linux only")
+    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")):
+        monkeypatch.setenv(name, value)
+    devices = get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices)
+    assert mesh.devices.shape == (2, 2, 2)
+    assert [{device.slice_index for device in half.flat} for half in mesh.devices] == [{0}, {1}]
     with pytest.raises(ValueError, match="mesh.data=1: these devices are of 2 slices, .* multiple of 2"):
         make_mesh(MeshConfig(tensor=8), devices)
 
