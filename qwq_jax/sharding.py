@@ -6,9 +6,11 @@ axis.
 
 | logical axis | array dimension                     | TRAIN        | DECODE       |
 |--------------|-------------------------------------|--------------|--------------|
-| batch        | B, rows of tokens                   | data, fsdp   | data, fsdp   |
-| sequence     | T between layers (likewise)         | tensor       | -            |
-| replica      | one page pool and its rows          | -            | data, fsdp   |
+| batch        | B, rows of tokens                   | data, fsdp   | data, fsdp, context |
+| rows         | B times the parts of T              | data, fsdp, context | -     |
+| tokens       | T of a batch, dealt by `zigzag`     | context      | -            |
+| sequence     | T between layers (likewise)         | context, tensor | -         |
+| replica      | one page pool and its rows          | -            | data, fsdp, context |
 | vocab        | V (replicated if it does not divide)| tensor       | tensor       |
 | embed        | D of a weight                       | fsdp         | -            |
 | heads        | N                                   | tensor       | tensor       |
@@ -35,12 +37,14 @@ _log = logging.getLogger(__name__)
 
 Axes = tuple[str | None, ...]
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "context", "tensor")
 _AUTO = (AxisType.Auto,) * len(MESH_AXES)
 
 TRAIN: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
-    "sequence": ("tensor",),
+    "rows": ("data", "fsdp", "context"),
+    "tokens": ("context",),
+    "sequence": ("context", "tensor"),
     "vocab": ("tensor",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
@@ -52,7 +56,10 @@ TRAIN: Mapping[str, tuple[str, ...]] = {
 
 DECODE: Mapping[str, tuple[str, ...]] = {
     **TRAIN,
-    "replica": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "context"),
+    "replica": ("data", "fsdp", "context"),
+    "rows": (),
+    "tokens": (),
     "sequence": (),
     "embed": (),
 }
@@ -111,6 +118,26 @@ class Layout:
         """Pins the sharding of an activation inside `jax.jit`."""
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape))
 
+    def mesh_axes(self, axis: str) -> tuple[str, ...]:
+        """Names of the mesh axes that cut a logical axis, for collectives inside `jax.shard_map`."""
+        return self._mesh_axes(axis)
+
+    def as_rows(self, x: jax.Array) -> jax.Array:
+        """`[B, T, ...]` to `[B * n, T / n, ...]`, each of the n parts of the tokens as a row of its own."""
+        parts = self.size("tokens")
+        if parts == 1:
+            return x
+        x = x.reshape(x.shape[0] * parts, x.shape[1] // parts, *x.shape[2:])
+        return self.constrain(x, ("rows", *(None,) * (x.ndim - 1)))
+
+    def from_rows(self, x: jax.Array) -> jax.Array:
+        """The inverse of `as_rows`."""
+        parts = self.size("tokens")
+        if parts == 1:
+            return x
+        x = x.reshape(x.shape[0] // parts, x.shape[1] * parts, *x.shape[2:])
+        return self.constrain(x, ("batch", "tokens", *(None,) * (x.ndim - 2)))
+
     def kv_copies(self, num_heads: int, num_kv_heads: int) -> int:
         """How often each kv head is repeated so that every tensor shard owns whole kv heads.
 
@@ -136,13 +163,36 @@ class Layout:
         return self.table[axis]
 
 
+def zigzag(length: int, parts: int) -> np.ndarray:
+    """Which token lies at each place of a row whose tokens are dealt to `parts` devices.
+
+    Each gets a piece from the front and the one as far from the end, so that under causal attention all have the same
+    to do. ("Striped Attention", arXiv 2311.09431, has the problem; the pieces are those of Llama 3, arXiv 2407.21783,
+    section 3.3.2.)
+
+    Example:
+        >>> zigzag(8, 2).tolist()
+        [0, 1, 6, 7, 2, 3, 4, 5]
+
+    Raises:
+        ValueError: The row does not divide into twice as many pieces.
+    """
+    if parts == 1:
+        return np.arange(length)
+    if length % (2 * parts):
+        raise ValueError(f"a row of {length} tokens does not divide into {2 * parts} pieces, two for each of {parts}")
+    pieces = np.arange(length).reshape(2 * parts, -1)
+    order = [piece for part in range(parts) for piece in (part, 2 * parts - 1 - part)]
+    return pieces[order].reshape(-1)
+
+
 def divisors(number: int, limit: int = 256) -> str:
     """What divides `number`, up to a limit, for an error message."""
     return ", ".join(str(size) for size in range(1, min(number, limit) + 1) if number % size == 0)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Builds the (data, fsdp, tensor) mesh.
+    """Builds the (data, fsdp, context, tensor) mesh.
 
     Args:
         config: Size of each axis.
@@ -152,18 +202,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         ValueError: There are fewer devices than the mesh needs, or more and they are of several processes.
     """
     devices = list(jax.devices() if devices is None else devices)
-    shape = (config.data, config.fsdp, config.tensor)
+    shape = (config.data, config.fsdp, config.context, config.tensor)
     needed = math.prod(shape)
     if needed > len(devices):
-        raise ValueError(
-            f"mesh data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} needs {needed} devices; "
-            f"{len(devices)} are present"
-        )
+        raise ValueError(f"mesh {_described(config)} needs {needed} devices; {len(devices)} are present")
     if needed < len(devices):
         if len({device.process_index for device in devices}) > 1:
             raise ValueError(
-                f"mesh data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} leaves "
-                f"{len(devices) - needed} of {len(devices)} devices out; with several processes it must use all"
+                f"mesh {_described(config)} leaves {len(devices) - needed} of {len(devices)} devices out; with several "
+                "processes it must use all"
             )
         _log.info(
             "the mesh uses %d of %d devices; mesh.data, mesh.fsdp and mesh.tensor make it larger", needed, len(devices)
@@ -179,7 +226,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         return _mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True))
 
 
-def _mesh_of_slices(shape: tuple[int, int, int], devices: Sequence[Any], slices: int) -> Mesh:
+def _described(config: MeshConfig) -> str:
+    """Its axes; that of tokens only where there is one."""
+    context = f" x context={config.context}" if config.context > 1 else ""
+    return f"data={config.data} x fsdp={config.fsdp}{context} x tensor={config.tensor}"
+
+
+def _mesh_of_slices(shape: tuple[int, ...], devices: Sequence[Any], slices: int) -> Mesh:
     """Data is what slices share out: of all that goes over a mesh, its gradients are the least, and can wait."""
     data, *within = shape
     if data % slices:
@@ -187,7 +240,7 @@ def _mesh_of_slices(shape: tuple[int, int, int], devices: Sequence[Any], slices:
             f"mesh.data={data}: these devices are of {slices} slices, between which only data can be split, so it must "
             f"be a multiple of {slices}"
         )
-    return _mesh(mesh_utils.create_hybrid_device_mesh((data // slices, *within), (slices, 1, 1), devices))
+    return _mesh(mesh_utils.create_hybrid_device_mesh((data // slices, *within), (slices, 1, 1, 1), devices))
 
 
 def rearranged(mesh: Mesh, config: MeshConfig) -> Mesh:
@@ -196,7 +249,7 @@ def rearranged(mesh: Mesh, config: MeshConfig) -> Mesh:
     `make_mesh` may order the same devices otherwise for another shape, and a program knows its devices in one order.
     """
     assert config.size == mesh.devices.size, (config, mesh)
-    return _mesh(mesh.devices.reshape(config.data, config.fsdp, config.tensor))
+    return _mesh(mesh.devices.reshape(config.data, config.fsdp, config.context, config.tensor))
 
 
 def _mesh(devices: np.ndarray) -> Mesh:

@@ -6,22 +6,24 @@ from qwq_jax.config.frozen import Frozen
 
 
 class MeshConfig(Frozen):
-    """Sizes of the three mesh axes; their product is the number of devices used.
+    """Sizes of the mesh axes; their product is the number of devices used.
 
     Attributes:
         data: Replicas of the model, each with its own part of the batch.
         fsdp: Devices that share one copy of the parameters and the optimizer state; they split the batch as well.
+        context: Devices that split the tokens of each row: for training on rows too long for the others to hold.
         tensor: Devices that split heads, feed-forward and vocabulary of each layer.
     """
 
     data: PositiveInt = 1
     fsdp: PositiveInt = 1
+    context: PositiveInt = 1
     tensor: PositiveInt = 1
 
     @property
     def size(self) -> int:
         """Number of devices."""
-        return self.data * self.fsdp * self.tensor
+        return self.data * self.fsdp * self.context * self.tensor
 
     def share_of_process(self, processes: int, local_devices: int) -> "MeshConfig | None":
         """The mesh of one process, if each of several can hold replicas of the model of its own; None if not.
@@ -30,6 +32,6 @@ class MeshConfig(Frozen):
             Four hosts of 8 chips and ``data=8, tensor=4``: each holds ``data=2, tensor=4``. With ``data=2, tensor=16``
             a replica needs the chips of two hosts.
         """
-        if self.data % processes or local_devices % (self.fsdp * self.tensor):
+        if self.data % processes or local_devices % (self.size // self.data):
             return None
         return self.model_copy(update={"data": self.data // processes})

@@ -4,15 +4,27 @@ Each binds a kernel to a batch's layout. On a tensor axis wider than K, kv heads
 whole heads (`Layout.kv_copies`); the kernel then runs on each device's own heads.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from qwq_jax.kernels.attention import PagedLayer, RaggedRows, Target, attention, paged_attention, token_slots
+from qwq_jax.kernels.attention import (
+    PADDING,
+    PagedLayer,
+    QueryShard,
+    RaggedRows,
+    Target,
+    attention,
+    paged_attention,
+    token_slots,
+)
 from qwq_jax.model.cache import CACHE_AXES
 from qwq_jax.model.layers import Attend
-from qwq_jax.sharding import Layout
+from qwq_jax.sharding import Layout, zigzag
 
 
 def target_of(layout: Layout) -> Target:
@@ -33,20 +45,69 @@ def causal_attend(segment_ids: jax.Array | None, layout: Layout | None = None) -
         scale = q.shape[-1] ** -0.5
         if layout is None:
             return attention(q, k, v, segment_ids, scale=scale), cache
-        target = target_of(layout)
-        heads, shared = (layout.spec(("batch", None, name, None)) for name in ("heads", "kv_shared"))
+        target, axes = target_of(layout), layout.mesh_axes("tokens")
+        heads, shared = (layout.spec(("batch", "tokens", name, None)) for name in ("heads", "kv_shared"))
         ids = () if segment_ids is None else (segment_ids,)
+        whole = partial(attention, scale=scale, target=target)
+        if layout.size("tokens") > 1:
+            ids = ids or (jnp.zeros(q.shape[:2], jnp.int32),)
+            whole = partial(_attend_shard, whole, axes=axes, shards=layout.size("tokens"))
         # Each device attends to its own rows and heads: a kernel call is opaque to the partitioner.
         local = jax.shard_map(
-            lambda q, k, v, *ids: attention(q, k, v, *ids, scale=scale, target=target),
+            whole,
             mesh=layout.mesh,
-            in_specs=(heads, shared, shared, *(layout.spec(("batch", None)) for _ in ids)),
+            in_specs=(heads, shared, shared, *(layout.spec(("batch", "tokens")) for _ in ids)),
             out_specs=heads,
             check_vma=False,  # kernels do not say over which axes their results vary
         )
         return local(q, _share(layout, q, k), _share(layout, q, v), *ids), cache
 
     return attend
+
+
+def _attend_shard(
+    attend: Callable[..., jax.Array],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    axes: tuple[str, ...],
+    shards: int,
+) -> jax.Array:
+    """Attention of this device's tokens, dealt by `zigzag`, to those of all that share its rows.
+
+    Keys and values of all are gathered: under grouped queries they are a small part of the activations (Llama 3, arXiv
+    2407.21783, section 3.3.2, does so for the same reason). Queries take their places in rows that are otherwise empty,
+    of which the kernel visits nothing.
+
+    Args:
+        attend: `attention` of whole rows.
+        q: `[B, T / n, N, H]`.
+        k: `[B, T / n, K, H]`.
+        v: `[B, T / n, K, H]`.
+        segment_ids: `[B, T / n]` int32.
+        axes: Mesh axes of the n devices.
+        shards: n.
+    """
+    piece = q.shape[1] // 2
+    order = np.argsort(zigzag(2 * shards, shards))
+    first = jax.lax.axis_index(axes) * piece
+    last = (2 * shards - 1) * piece - first
+
+    def gathered(x: jax.Array) -> jax.Array:
+        x = jax.lax.all_gather(x, axes, axis=1, tiled=True)
+        pieces = x.reshape(x.shape[0], 2 * shards, piece, *x.shape[2:])
+        return pieces[:, order].reshape(x.shape)
+
+    def spread(x: jax.Array, empty: int) -> jax.Array:
+        rows = jnp.full((x.shape[0], x.shape[1] * shards, *x.shape[2:]), empty, x.dtype)
+        rows = jax.lax.dynamic_update_slice_in_dim(rows, x[:, :piece], first, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(rows, x[:, piece:], last, axis=1)
+
+    shard = QueryShard(spread(segment_ids, PADDING), shards)
+    out = attend(spread(q, 0), gathered(k), gathered(v), gathered(segment_ids), shard=shard)
+    return jnp.concatenate([jax.lax.dynamic_slice_in_dim(out, at, piece, axis=1) for at in (first, last)], axis=1)
 
 
 class PagedBatch(NamedTuple):

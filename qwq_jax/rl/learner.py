@@ -23,7 +23,7 @@ from qwq_jax.model.params import bind, unstack
 from qwq_jax.model.spec import model_spec
 from qwq_jax.rl.experience import RowPlan
 from qwq_jax.rl.loss import LossTerms, policy_loss, policy_tokens, report
-from qwq_jax.sharding import Layout
+from qwq_jax.sharding import Layout, zigzag
 from qwq_jax.train.batch import TrainBatch, place_rows
 from qwq_jax.train.packing import PackedRows, Segment
 from qwq_jax.train.state import Params, TrainState
@@ -58,9 +58,15 @@ def forward(
     def run(params: Params, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
         bound = bind(model, params, dtype=config.compute_dtype, remat=config.remat, lora=lora)
         hidden, _ = bound(batch.tokens, batch.positions, causal_attend(batch.segment_ids, layout), layout=layout)
-        return token_logprobs(
-            hidden, bound.head_matrix(), batch.targets, chunk=config.logprob_chunk, temperature=config.temperature
+        found = token_logprobs(
+            layout.as_rows(hidden),
+            bound.head_matrix(),
+            layout.as_rows(batch.targets),
+            chunk=config.logprob_chunk,
+            temperature=config.temperature,
         )
+        logp, entropy = map(layout.from_rows, found)
+        return logp, entropy
 
     return run
 
@@ -210,7 +216,9 @@ class RowScorer:
         """Numbers for the trained tokens of each sequence, in order."""
         plan = self.rows.plan(segments)
         arrays = [self.program(params, self.rows.place(packed)) for packed in plan.micro_batches(segments)]
-        return plan.unpack(segments, (np.asarray(array) for array in arrays))
+        # Back from the order in which devices share the tokens of a row.
+        places = np.argsort(zigzag(self.rows.row_length, self.rows.layout.size("tokens")))
+        return plan.unpack(segments, (np.asarray(array)[:, places] for array in arrays))
 
 
 def make_scorer(run: Callable[[Params, TrainBatch], Any], rows: Rows) -> RowScorer:

@@ -35,8 +35,9 @@ def make_sft_loss(
         model = bind(config, params, dtype=compute_dtype, remat=remat, lora=lora)
         attend = causal_attend(batch.segment_ids, layout)
         hidden, _ = model(batch.tokens, batch.positions, attend, layout=layout)
-        logprob, entropy = token_logprobs(hidden, model.head_matrix(), batch.targets, chunk=logprob_chunk)
-        mask = batch.loss_mask
+        rows, targets = layout.as_rows(hidden), layout.as_rows(batch.targets)
+        logprob, entropy = token_logprobs(rows, model.head_matrix(), targets, chunk=logprob_chunk)
+        mask = layout.as_rows(batch.loss_mask)
         return -jnp.sum(jnp.where(mask, logprob, 0.0)), {"entropy": jnp.sum(jnp.where(mask, entropy, 0.0))}
 
     return loss

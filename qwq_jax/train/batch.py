@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from qwq_jax.sharding import Layout
+from qwq_jax.sharding import Layout, zigzag
 from qwq_jax.train.packing import PackedRows
 
 
@@ -13,6 +13,8 @@ from qwq_jax.train.packing import PackedRows
 @dataclass(frozen=True)
 class TrainBatch:
     """`PackedRows` as a pytree: ``[A, B, T]`` for a step of ``A`` micro-batches, ``[B, T]`` for one of them.
+
+    Where devices share the tokens of a row, these lie in the order of `sharding.zigzag`.
 
     Attributes:
         tokens: int32 inputs.
@@ -51,10 +53,12 @@ def place_rows(packed: PackedRows, layout: Layout) -> TrainBatch:
 
 
 def _place(packed: PackedRows, shape: tuple[int, ...], layout: Layout) -> TrainBatch:
-    sharding = layout.sharding((None, "batch", None)[-len(shape) :], shape)
+    sharding = layout.sharding((None, "batch", "tokens")[-len(shape) :], shape)
+    order = zigzag(shape[-1], layout.size("tokens"))
 
     def place(value: np.ndarray) -> jax.Array:
         split = value.reshape(shape)
+        split = split if layout.size("tokens") == 1 else split[..., order]
         return jax.make_array_from_callback(shape, sharding, lambda index: split[index])
 
     return TrainBatch(

@@ -3,6 +3,7 @@
 from qwq_jax.kernels.attention.dispatch import (
     CPU,
     Implementation,
+    QueryShard,
     Target,
     attention,
     attention_with_lse,
@@ -18,13 +19,16 @@ from qwq_jax.kernels.attention.pages import (
     scales_shape,
     token_slots,
 )
+from qwq_jax.kernels.attention.steps import PADDING
 
 __all__ = [
     "CPU",
     "LANES",
     "Implementation",
     "PagedLayer",
+    "PADDING",
     "PagedOutput",
+    "QueryShard",
     "RaggedRows",
     "Target",
     "attention",

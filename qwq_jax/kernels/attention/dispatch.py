@@ -16,6 +16,7 @@ from qwq_jax.kernels.attention.flash_vjp import Options, flash_attention
 from qwq_jax.kernels.attention.paged_blocks import paged_sizes
 from qwq_jax.kernels.attention.pages import PagedLayer, PagedOutput, RaggedRows
 from qwq_jax.kernels.attention.ragged import ragged_attention
+from qwq_jax.kernels.attention.steps import Deal
 
 
 class Implementation(enum.Enum):
@@ -48,6 +49,18 @@ class Target(NamedTuple):
 CPU = Target()
 
 
+class QueryShard(NamedTuple):
+    """The queries of a row that one of several devices computes.
+
+    Attributes:
+        query_ids: `[B, T]` int32: the segment of each query of its own, `steps.PADDING` for all others.
+        shards: How many devices share the row, as `sharding.zigzag` deals it.
+    """
+
+    query_ids: jax.Array
+    shards: int
+
+
 def attention(
     q: jax.Array,
     k: jax.Array,
@@ -57,6 +70,7 @@ def attention(
     scale: float,
     target: Target = CPU,
     implementation: Implementation = Implementation.AUTO,
+    shard: QueryShard | None = None,
 ) -> jax.Array:
     """Causal grouped-query attention within segments, of any length, differentiable; see `reference.attention`.
 
@@ -68,9 +82,10 @@ def attention(
         scale: Factor on the scores before the softmax.
         target: What is compiled for.
         implementation: Which one.
+        shard: The queries that are wanted, where others of the same rows are computed elsewhere.
 
     Returns:
-        `[B, T, N, H]` in the dtype of q.
+        `[B, T, N, H]` in the dtype of q; arbitrary for queries that are not wanted.
 
     Raises:
         ValueError: The named implementation cannot serve this call, or its tiles do not fit the chip.
@@ -80,7 +95,7 @@ def attention(
         chosen = Implementation.CUDNN
     if chosen is Implementation.CUDNN:
         return _cudnn(q, k, v, segment_ids, scale, target)
-    return attention_with_lse(q, k, v, segment_ids, scale=scale, target=target, implementation=chosen)[0]
+    return attention_with_lse(q, k, v, segment_ids, scale=scale, target=target, implementation=chosen, shard=shard)[0]
 
 
 def attention_with_lse(
@@ -92,11 +107,14 @@ def attention_with_lse(
     scale: float,
     target: Target = CPU,
     implementation: Implementation = Implementation.AUTO,
+    shard: QueryShard | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """As `attention`, and the natural logarithm of the softmax's denominator, `[B, N, T]` float32."""
+    assert shard is None or segment_ids is not None, "a shard of the queries is told by segments"
+    ids, shards = (None, 1) if shard is None else shard
     chosen = _choose(implementation, target)
     if chosen is Implementation.REFERENCE:
-        return reference.attention(q, k, v, segment_ids, scale=scale)
+        return reference.attention(q, k, v, segment_ids, scale=scale, query_ids=ids)
     if chosen is not Implementation.PALLAS:
         raise ValueError(f"attention by {chosen.value} gives no log-sum-exp: use pallas or reference")
     _need_tpu(target)
@@ -106,7 +124,9 @@ def attention_with_lse(
     shape = {"groups": q.shape[2] // k.shape[2], "length": q.shape[1], "head_dim": -(-q.shape[3] // LANES) * LANES}
     forward = tile_sizes("forward", target.device_kind, **shape)._replace(parts=parts)
     backward = tile_sizes("backward", target.device_kind, **shape)._replace(parts=parts)
-    return flash_attention(q, k, v, segment_ids, Options(scale, forward, backward, target.interpret))
+    deal = None if shard is None else Deal(shards, q.shape[1])
+    options = Options(scale, forward, backward, target.interpret, deal)
+    return flash_attention(q, k, v, segment_ids, options, ids)
 
 
 def paged_attention(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from qwq_jax.kernels.attention.steps import FULL, LAST, is_mixed, plan_steps, whole_chunks
+from qwq_jax.kernels.attention.steps import FULL, LAST, Deal, is_mixed, plan_steps, whole_chunks
 
 LANES = 128
 # Finite, and a masked score stays below the maximum of a row that has seen no key yet: its weight is then 0, not 1.
@@ -190,6 +190,8 @@ def flash_forward(
     sizes: Sizes,
     with_lse: bool = True,
     interpret: Any = False,
+    query_ids: jax.Array | None = None,
+    deal: Deal | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Attention of rows that are a multiple of both blocks long; the head dimension is a multiple of 128.
 
@@ -202,6 +204,8 @@ def flash_forward(
         sizes: Tiles.
         with_lse: Whether the second result is wanted.
         interpret: For `pl.pallas_call`.
+        query_ids: See `plan_steps`; results of queries that are not wanted are whatever memory held.
+        deal: See `plan_steps`.
 
     Returns:
         `[B, T, N, H]` in the dtype of q, and the natural logarithm of the softmax's denominator, `[B, N, T]` float32,
@@ -210,7 +214,7 @@ def flash_forward(
     B, T, N, H = q.shape
     K = k.shape[2]
     G = N // K
-    steps = plan_steps(T, segment_ids, **sizes._asdict())
+    steps = plan_steps(T, segment_ids, **sizes._asdict(), query_ids=query_ids, deal=deal)
     block_q, block_kv = sizes.block_q, sizes.block_kv
     shared = jnp.shape(steps.bits)[0] == 1
     at = lambda ref, b, p, i: ref[0 if shared else b, p, i]  # noqa: E731
@@ -228,7 +232,7 @@ def flash_forward(
             pl.BlockSpec((None, 8, block_kv), lambda b, h, *a: (b, 0, key(b, h, *a)[1])),
         ]
         inputs += [
-            jnp.broadcast_to(segment_ids[:, :, None], (B, T, LANES)),
+            jnp.broadcast_to((segment_ids if query_ids is None else query_ids)[:, :, None], (B, T, LANES)),
             jnp.broadcast_to(segment_ids[:, None], (B, 8, T)),
         ]
     kernel = functools.partial(

@@ -36,9 +36,11 @@ from qwq_jax.kernels.attention.steps import (
     LAST,
     NEW,
     PADDING,
+    Deal,
     is_mixed,
     plan_steps,
     visited_inner,
+    visited_outer,
     whole_chunks,
 )
 
@@ -174,6 +176,8 @@ def flash_backward(
     scale: float,
     sizes: Sizes,
     interpret: Any = False,
+    query_ids: jax.Array | None = None,
+    deal: Deal | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of q, k and v.
 
@@ -185,12 +189,14 @@ def flash_backward(
         scale: As in the forward.
         sizes: Tiles; they need not be those of the forward.
         interpret: For `pl.pallas_call`.
+        query_ids: As in the forward; gradients of queries that are not wanted are whatever memory held.
+        deal: As in the forward.
     """
     q, k, v, out, lse = residuals
     B, T, N, H = q.shape
     K = k.shape[2]
     G = N // K
-    steps = plan_steps(T, segment_ids, **sizes._asdict(), by_key=True)
+    steps = plan_steps(T, segment_ids, **sizes._asdict(), by_key=True, query_ids=query_ids, deal=deal)
     block_q, block_kv = sizes.block_q, sizes.block_kv
     shared = jnp.shape(steps.bits)[0] == 1
     at = lambda ref, b, p, i: ref[0 if shared else b, p, i]  # noqa: E731
@@ -210,7 +216,7 @@ def flash_backward(
         ]
         inputs += [
             jnp.broadcast_to(segment_ids[:, :, None], (B, T, LANES)),
-            jnp.broadcast_to(segment_ids[:, None], (B, 8, T)),
+            jnp.broadcast_to((segment_ids if query_ids is None else query_ids)[:, None], (B, 8, T)),
         ]
     vmem = lambda *shape: pltpu.VMEM(shape, jnp.float32)  # noqa: E731
     dk, dv, dq = pl.pallas_call(
@@ -246,6 +252,9 @@ def flash_backward(
     if sizes.parts > 1:  # a part leaves what it has not visited as it was in memory
         dq = jnp.where(jnp.repeat(visited_inner(steps, T // block_q), block_q, axis=2)[..., None], dq, 0)
     dq = (dq.sum(0) * scale).astype(q.dtype)
+    if query_ids is not None:  # keys that none of these queries sees were not visited
+        seen = jnp.repeat(visited_outer(steps, T // block_kv), block_kv, axis=1)[..., None]
+        dk, dv = (jnp.where(seen, x, 0) for x in (dk, dv))
     return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)
 
 
@@ -256,10 +265,16 @@ class Options(NamedTuple):
     forward: Sizes
     backward: Sizes
     interpret: Any = False
+    deal: Deal | None = None
 
 
 def flash_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, options: Options
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    options: Options,
+    query_ids: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Causal grouped-query attention of any length, differentiable in q, k and v.
 
@@ -271,6 +286,7 @@ def flash_attention(
         v: `[B, T, K, H]`.
         segment_ids: `[B, T]` int32, larger than `steps.PADDING`; None: one segment a row.
         options: Scale and tiles.
+        query_ids: See `plan_steps`.
 
     Returns:
         `[B, T, N, H]` in the dtype of q, and the logarithm of the softmax's denominator `[B, N, T]` in float32.
@@ -279,34 +295,44 @@ def flash_attention(
     block = math.lcm(*(size for sizes in (options.forward, options.backward) for size in sizes[:2]))
     longer, wider = -T % block, -H % LANES
     q, k, v = (jnp.pad(x, ((0, 0), (0, longer), (0, 0), (0, wider))) for x in (q, k, v))
-    if segment_ids is not None:
-        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, longer)), constant_values=PADDING)
-    result: Any = _attention(q, k, v, segment_ids, options)
+    fill = lambda ids: None if ids is None else jnp.pad(ids, ((0, 0), (0, longer)), constant_values=PADDING)  # noqa: E731
+    result: Any = _attention(q, k, v, fill(segment_ids), fill(query_ids), options)
     out, lse = result
     return out[:, :T, :, :H], lse[:, :, :T]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+Ids = jax.Array | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, options: Options
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: Ids, query_ids: Ids, options: Options
 ) -> tuple[jax.Array, jax.Array]:
-    return _forward(q, k, v, segment_ids, options)[0]
+    return _forward(q, k, v, segment_ids, query_ids, options)[0]
 
 
 def _forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, options: Options
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array | None, ...]]:
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: Ids, query_ids: Ids, options: Options
+) -> tuple[tuple[jax.Array, jax.Array], tuple[Ids, ...]]:
     out, lse = flash_forward(
-        q, k, v, segment_ids, scale=options.scale, sizes=options.forward, interpret=options.interpret
+        q,
+        k,
+        v,
+        segment_ids,
+        scale=options.scale,
+        sizes=options.forward,
+        interpret=options.interpret,
+        query_ids=query_ids,
+        deal=options.deal,
     )
     assert lse is not None, "it was asked for"
-    return (out, lse), (q, k, v, out, lse, segment_ids)
+    return (out, lse), (q, k, v, out, lse, segment_ids, query_ids)
 
 
 def _backward(
     options: Options, residuals: tuple[Any, ...], cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array | None, ...]:
-    *arrays, segment_ids = residuals
+    *arrays, segment_ids, query_ids = residuals
     d_out, d_lse = cotangents
     dq, dk, dv = flash_backward(
         tuple(arrays),
@@ -316,8 +342,10 @@ def _backward(
         scale=options.scale,
         sizes=options.backward,
         interpret=options.interpret,
+        query_ids=query_ids,
+        deal=options.deal,
     )
-    return dq, dk, dv, None
+    return dq, dk, dv, None, None
 
 
 _attention.defvjp(_forward, _backward)

@@ -27,6 +27,7 @@ def attention(
     *,
     scale: float,
     block_q: int | None = None,
+    query_ids: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Causal grouped-query attention within segments.
 
@@ -38,6 +39,8 @@ def attention(
         scale: Factor on the scores before the softmax, 1/sqrt(H) as a rule.
         block_q: Query tokens handled at once, which bounds the scores in memory to `B N block_q T`. None: 64, or T/32
             of a long row. Small blocks skip more of what lies above the diagonal; each is compiled on its own.
+        query_ids: `[B, T]` int32, the segments of queries where they are not those of keys; the result of a query that
+            then sees no key is arbitrary. With `segment_ids` only.
 
     Returns:
         `[B, T, N, H]` in the dtype of q, and the natural logarithm of the softmax's denominator, `[B, N, T]` float32.
@@ -53,7 +56,8 @@ def attention(
         visible = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
         visible = visible[None]
         if segment_ids is not None:
-            visible &= segment_ids[:, start:stop, None] == segment_ids[:, None, :stop]
+            ids = segment_ids if query_ids is None else query_ids
+            visible &= ids[:, start:stop, None] == segment_ids[:, None, :stop]
         scores = jnp.where(visible[:, None, None], scores * scale, MASKED)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         out = jnp.einsum("bkgts,bskh->btkgh", weights, v[:, :stop], preferred_element_type=jnp.float32)

@@ -32,6 +32,18 @@ class Steps(NamedTuple):
     bits: jax.Array | np.ndarray
 
 
+class Deal(NamedTuple):
+    """Rows whose queries are shared out as `sharding.zigzag` does, two pieces to a device.
+
+    Attributes:
+        shards: Devices.
+        tokens: Of a row, those that fill it up left out.
+    """
+
+    shards: int
+    tokens: int
+
+
 def whole_chunks(bits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """First and number of the chunks in a row that are visible throughout."""
     return (bits >> _START) & 15, (bits >> _COUNT) & 15
@@ -51,6 +63,8 @@ def plan_steps(
     chunk: int,
     parts: int = 1,
     by_key: bool = False,
+    query_ids: jax.Array | None = None,
+    deal: "Deal | None" = None,
 ) -> Steps:
     """Lists the visits of a causal attention over `length` tokens, a multiple of both blocks.
 
@@ -62,12 +76,16 @@ def plan_steps(
         chunk: Keys a chunk of a partial step.
         parts: Lists that share the outer blocks evenly, one a core.
         by_key: Key blocks are outer (backward of k and v), else query blocks.
+        query_ids: `[B, length]` int32, the segments of queries where they are not those of keys: PADDING for those that
+            are not wanted. With `segment_ids` only.
+        deal: How queries are shared out, if those that are wanted are one device's: its list is so much shorter.
     """
     module = np if segment_ids is None else jnp
     chunks = block_kv // chunk
     assert block_kv % chunk == 0 and chunks <= MAX_CHUNKS, (block_kv, chunk)
     visible, whole = (
-        x.reshape(*x.shape[:2], -1, chunks) for x in _chunk_status(length, segment_ids, block_q=block_q, chunk=chunk)
+        x.reshape(*x.shape[:2], -1, chunks)
+        for x in _chunk_status(length, segment_ids, query_ids, block_q=block_q, chunk=chunk)
     )
     # Whole chunks beyond the first that follow one another are masked like the mixed ones: right, if slower.
     start = module.argmax(whole, axis=-1)
@@ -93,8 +111,27 @@ def plan_steps(
     inners = np.broadcast_to(np.arange(inner), bits.shape)
     steps = Steps(flat(module.asarray(outers)), flat(module.asarray(inners)), flat(bits))
     causal = np.arange(block_q, length + 1, block_q)[:, None] > np.arange(0, length, block_kv)[None]
-    causal = causal.T if by_key else causal
-    return _compact(module, steps, int(causal[order].reshape(parts, -1).sum(-1).max()))
+    most = 0
+    for shard in range(deal.shards if deal else 1):
+        wanted = causal & _of_shard(length, block_q, shard, deal)[:, None] if deal else causal
+        wanted = wanted.T if by_key else wanted
+        most = max(most, int(wanted[order].reshape(parts, -1).sum(-1).max()))
+    return _compact(module, steps, most)
+
+
+def _of_shard(length: int, block_q: int, shard: int, deal: Deal) -> np.ndarray:
+    """Which query blocks hold queries of a shard."""
+    begin, pieces = np.arange(0, length, block_q), 2 * deal.shards
+    piece = deal.tokens // pieces
+    held = [(begin < (at + 1) * piece) & (begin + block_q > at * piece) for at in (shard, pieces - 1 - shard)]
+    return held[0] | held[1]
+
+
+def visited_outer(steps: Steps, blocks: int) -> jax.Array:
+    """`[rows, blocks]` bool: which outer blocks are visited at all."""
+    outer, bits = jnp.asarray(steps.outer), jnp.asarray(steps.bits)
+    hit = (outer[..., None] == jnp.arange(blocks)) & (bits != 0)[..., None]
+    return hit.any((1, 2))
 
 
 def visited_inner(steps: Steps, blocks: int) -> jax.Array:
@@ -104,13 +141,16 @@ def visited_inner(steps: Steps, blocks: int) -> jax.Array:
     return hit.any(2).swapaxes(0, 1)
 
 
-def _chunk_status(length: int, segment_ids: jax.Array | None, *, block_q: int, chunk: int) -> tuple[Any, Any]:
+def _chunk_status(
+    length: int, segment_ids: jax.Array | None, query_ids: jax.Array | None, *, block_q: int, chunk: int
+) -> tuple[Any, Any]:
     """`[rows, query blocks, chunks]` bool: whether any pair is visible, and whether all are."""
     first_q, first_k = np.arange(0, length, block_q)[:, None], np.arange(0, length, chunk)[None]
     visible, whole = (first_q + block_q - 1 >= first_k)[None], (first_q >= first_k + chunk - 1)[None]
     if segment_ids is None:
         return visible, whole
-    queries, keys = (segment_ids.reshape(segment_ids.shape[0], -1, size) for size in (block_q, chunk))
+    of_queries = segment_ids if query_ids is None else query_ids
+    queries, keys = (x.reshape(x.shape[0], -1, size) for x, size in ((of_queries, block_q), (segment_ids, chunk)))
     low_q, high_q = queries.min(-1)[:, :, None], queries.max(-1)[:, :, None]
     low_k, high_k = keys.min(-1)[:, None], keys.max(-1)[:, None]
     visible = visible & (low_q <= high_k) & (low_k <= high_q) & (high_q > PADDING) & (high_k > PADDING)
