@@ -1,1 +1,1 @@
-"""TPU VM jobs and GKE manifests, from a laptop. Nothing here imports JAX; `worker` runs on the VMs, without packages."""
+"""TPU VM jobs and GKE manifests, from a laptop, without JAX; `worker` runs on the VMs, without any packages."""

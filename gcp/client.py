@@ -1,14 +1,14 @@
 """Cloud TPU by Google's client library."""
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 from google.api_core import exceptions
 from google.auth import default as default_credentials
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import tpu_v2
-from google.cloud.tpu_v2.services.tpu.transports import TpuGrpcTransport, TpuRestTransport
+from google.cloud.tpu_v2.services.tpu.transports import TpuRestTransport
 from google.protobuf.duration_pb2 import Duration
 
 from gcp.cloud import Refusal, Refused, Request, Resource, State, refusal_of, state_of
@@ -79,22 +79,18 @@ class ClientCloud:
         return tuple(states)
 
 
-def connect(project: str, *, transport: Literal["rest", "grpc"], endpoint: str | None = None) -> ClientCloud:
+def connect(project: str, *, endpoint: str | None = None) -> ClientCloud:
     """Makes a client with the caller's own credentials, or without any for an `endpoint` of one's own.
 
     Args:
         project: Google Cloud project.
-        transport: How to talk.
         endpoint: ``http://HOST:PORT`` in place of Google's.
     """
-    if endpoint is not None and transport == "grpc":
-        channel = grpc.insecure_channel(endpoint.removeprefix("http://"))
-        return ClientCloud(project, tpu_v2.TpuClient(transport=TpuGrpcTransport(channel=channel)))
     if endpoint is not None:
         plain = TpuRestTransport(host=endpoint, url_scheme="http", credentials=AnonymousCredentials())
         return ClientCloud(project, tpu_v2.TpuClient(transport=plain))
     credentials, _ = default_credentials(scopes=["https://www.googleapis.com/auth/cloud-platform"])
-    return ClientCloud(project, tpu_v2.TpuClient(credentials=credentials, transport=transport))
+    return ClientCloud(project, tpu_v2.TpuClient(credentials=credentials, transport="rest"))
 
 
 def queued_resource(request: Request, parent: str) -> tpu_v2.QueuedResource:
@@ -133,7 +129,7 @@ def queued_resource(request: Request, parent: str) -> tpu_v2.QueuedResource:
     if request.provisioning == "spot":
         resource.spot = tpu_v2.QueuedResource.Spot()
     if request.provisioning == "reserved":
-        resource.guaranteed = tpu_v2.QueuedResource.Guaranteed(reserved=True)
+        resource.guaranteed = tpu_v2.QueuedResource.Guaranteed()
         # parent is projects/P/locations/Z
         resource.reservation_name = request.reservation or f"{parent}/reservations/-"
     return resource

@@ -148,8 +148,8 @@ def state_of(word: str, nodes: tuple[str, ...]) -> State:
 
 
 _STOCK_OUT = re.compile(
-    r"no more capacity|out of (stock|capacity|resources)|stock ?out|insufficient capacity|not enough (resources|capacity)"
-    r"|does not have enough|valid[ _]until|expired",
+    r"no more capacity|out of (stock|capacity|resources)|stock ?out|insufficient capacity"
+    r"|not enough (resources|capacity)|does not have enough|valid[ _]until|expired",
     re.IGNORECASE,
 )
 

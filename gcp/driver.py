@@ -1,4 +1,4 @@
-"""The launcher's loop: read the record, look, decide, write the record, act. Whatever kills it, the next one goes on."""
+"""The launcher's loop: read the record, look, decide, write the record, act. Killed anywhere, the next one goes on."""
 
 import base64
 import json
@@ -58,8 +58,9 @@ class Launcher:
                 raise TakenOver(f"{job} is driven by another launcher now; `watch` shows how it goes")
             action = self._step(saved)
             if isinstance(action, Stop):
-                if self._sweep(saved.record):
-                    return saved.record
+                ended = self._load(job).record
+                if self._sweep(ended):
+                    return ended
                 action = Wait(POLL)
             if isinstance(action, Wait) and action.seconds:
                 self.sleep(action.seconds)
@@ -267,4 +268,3 @@ class ExistingVm:
     def _mark(self, name: str) -> None:
         record = self.record()
         self.objects.put(f"{record.places.attempt(record.attempt)}/{name}", b"")
-

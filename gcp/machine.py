@@ -102,9 +102,7 @@ def _resting(record: Record, seen: Seen, now: float) -> Step:
         return Step(record, Wait(min(POLL, record.not_before - now)))
     attempt = record.attempt + 1
     event = Event(at=now, text=f"attempt {attempt}: {record.places.resource(attempt)} in {record.zone}")
-    asked = record.changed(
-        event, phase="asked", attempt=attempt, created_resource=False, asked_at=now, active_at=None
-    )
+    asked = record.changed(event, phase="asked", attempt=attempt, created_resource=False, asked_at=now, active_at=None)
     return Step(asked, Wait(0.0))
 
 
@@ -173,7 +171,9 @@ def _leaving(record: Record, seen: Seen, now: float) -> Step:
     if seen.outcome is not None:
         return Step(_over(record, seen.outcome, now), Stop())
     if record.preemptions > record.job.preemptions:
-        return Step(record, Conclude("failed", f"preempted {record.preemptions} times; {record.job.preemptions} are borne"))
+        return Step(
+            record, Conclude("failed", f"preempted {record.preemptions} times; {record.job.preemptions} are borne")
+        )
     if record.failures > record.job.failures:
         last = next((e.text for e in reversed(record.events) if "failed" in e.text), "")
         return Step(record, Conclude("failed", f"{record.failures} failures; {record.job.failures} are borne ({last})"))

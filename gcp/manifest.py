@@ -1,8 +1,8 @@
 """A job as a JobSet for GKE, which does there what the launcher and the agent do on TPU VMs.
 
 Restarts follow from two rules. A container that exits with 42, or of a signal, fails its Job in the ordinary way
-(`BackoffLimitExceeded`), and the JobSet starts all Jobs again. Any other failure fails the Job by its pod failure policy
-(`PodFailurePolicy`), and that ends the JobSet.
+(`BackoffLimitExceeded`), and the JobSet starts all Jobs again. Any other failure fails the Job by its pod failure
+policy (`PodFailurePolicy`), and that ends the JobSet.
 """
 
 import hashlib

@@ -44,7 +44,7 @@ class Places:
         return f"{self.run}/results"
 
     def resource(self, attempt: int) -> str:
-        """The queued resource of an attempt. Every attempt has a new one: a dead one keeps its name until it is gone."""
+        """The queued resource of an attempt. Each has a new name: a dead resource keeps its own until it is gone."""
         return f"{self.job}-{self.uid}-{attempt}"
 
 

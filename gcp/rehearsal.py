@@ -11,8 +11,8 @@ from google.cloud import tpu_v2
 from gcp import gcloud
 from gcp.client import queued_resource
 from gcp.cloud import Request, Resource, State
-from gcp.objects import Objects
 from gcp.job import JobSpec
+from gcp.objects import Objects
 from gcp.record import Outcome, Record, Staged, conclude, save
 
 Say = Callable[[str], None]

@@ -1,4 +1,4 @@
-"""What a topology such as ``v5e:4x4`` is called by Cloud TPU and by GKE, and how many hosts it has. The only such table."""
+"""What Cloud TPU and GKE call a topology such as ``v5e:4x4``, and how many hosts it has. The only such table."""
 
 import math
 import re

@@ -41,7 +41,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ClientName = Literal["rest", "grpc", "gcloud"]
+ClientName = Literal["rest", "gcloud"]
 Job = Annotated[Path, typer.Argument(metavar="JOB.toml", help="The job; see configs/gcp/.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be given many times.")
@@ -247,7 +247,9 @@ def print_xpk(
     return EXIT_DONE
 
 
-def _opened(job: Path, overrides: list[str] | None, client_name: ClientName, *, dry_run: bool, cloud: bool = True) -> Session:
+def _opened(
+    job: Path, overrides: list[str] | None, client_name: ClientName, *, dry_run: bool, cloud: bool = True
+) -> Session:
     """A session of a job that was submitted; a rehearsed one is submitted first, without a word."""
     spec = load_toml(job, JobSpec, overrides or ())
     session = _open(spec, client_name, dry_run=dry_run, cloud=cloud)
@@ -278,7 +280,7 @@ def _open(spec: JobSpec, client_name: ClientName, *, dry_run: bool, cloud: bool 
         by_command = GcloudCloud(spec.project)
         chosen = ExistingVm(spec.vm, by_command, objects, record) if spec.vm else by_command
     else:
-        chosen = client.connect(spec.project, transport=client_name, endpoint=os.environ.get("QWQ_JAX_TPU_ENDPOINT"))
+        chosen = client.connect(spec.project, endpoint=os.environ.get("QWQ_JAX_TPU_ENDPOINT"))
     # Tests have less patience.
     factor = float(os.environ.get("QWQ_JAX_PACE", "1"))
     return Session(spec, objects, chosen, owner, dry_run, lambda seconds: time.sleep(seconds * factor))

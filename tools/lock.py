@@ -69,7 +69,9 @@ def pin(wanted: Sequence[str]) -> list[str]:
                 needed = Requirement(line)
                 if needed.marker is None or needed.marker.evaluate({"extra": extra}):
                     waiting.append(needed)
-    return [f"{name}=={version}{markers.get(canonicalize_name(name), '')}\n" for name, version in sorted(pinned.items())]
+    return [
+        f"{name}=={version}{markers.get(canonicalize_name(name), '')}\n" for name, version in sorted(pinned.items())
+    ]
 
 
 if __name__ == "__main__":

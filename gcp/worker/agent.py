@@ -149,9 +149,7 @@ class Agent:
             given["JAX_PROCESS_ID"] = str(self._place.index)
         return inherited | given | self._assignment.environment
 
-    def _watched(
-        self, command: "Sequence[str]", environment: "dict[str, str] | None" = None, job: bool = False
-    ) -> int:
+    def _watched(self, command: "Sequence[str]", environment: "dict[str, str] | None" = None, job: bool = False) -> int:
         """Runs a command with its output in the log, and the guard beside it; returns a shell's exit code.
 
         Raises:
@@ -159,7 +157,12 @@ class Agent:
         """
         with self._log.open("ab") as log:
             process = subprocess.Popen(
-                list(command), cwd=self._work, env=environment, stdout=log, stderr=log, start_new_session=True,
+                list(command),
+                cwd=self._work,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
                 preexec_fn=_die_with_parent,
             )
         try:

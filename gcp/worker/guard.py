@@ -46,9 +46,7 @@ class Guard:
     A bucket that does not answer is no reason; the deadline is one without any bucket.
     """
 
-    def __init__(
-        self, google: Google, assignment: Assignment, *, clock: Callable[[], float], period: float
-    ) -> None:
+    def __init__(self, google: Google, assignment: Assignment, *, clock: Callable[[], float], period: float) -> None:
         self._google = google
         self._assignment = assignment
         self._clock = clock

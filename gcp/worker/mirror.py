@@ -1,4 +1,4 @@
-"""Logs and results to the bucket, while the job runs, so that a killed VM takes nothing with it but the last seconds."""
+"""Logs and results to the bucket while the job runs: a killed VM takes nothing with it but the last seconds."""
 
 import glob
 from pathlib import Path
@@ -43,7 +43,7 @@ class ResultMirror:
         self._directory = directory
         self._patterns = patterns
         self._prefix = prefix
-        self._sent: "dict[str, tuple[int, int]]" = {}
+        self._sent: dict[str, tuple[int, int]] = {}
 
     def copy(self) -> None:
         """Brings the bucket up to date. An `OSError` leaves it to the next call."""

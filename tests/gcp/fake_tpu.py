@@ -68,7 +68,7 @@ class Server:
             case "DELETE", "queuedResources", [name]:
                 if not self.world.delete(zone, name, force=call.query.get("force") == "true"):
                     raise Refusing(404, "NOT_FOUND", f"Resource '{parent}/queuedResources/{name}' was not found")
-                return _operation(parent, version, {"@type": _TYPE.format(version, "QueuedResource")})
+                return {"name": f"{parent}/operations/deletion", "done": False}
             case "GET", "operations", [name]:
                 return {"name": f"{parent}/operations/{name}", "done": True}
             case "GET", "nodes", [name]:
@@ -109,7 +109,11 @@ def _operation(parent: str, version: str, response: dict[str, Any], kind: str = 
 
 
 def _compute(parts: list[str]) -> dict[str, Any]:
-    return {"name": parts[-1], "kind": "compute#project", "commonInstanceMetadata": {"items": [], "fingerprint": "AA=="}}
+    return {
+        "name": parts[-1],
+        "kind": "compute#project",
+        "commonInstanceMetadata": {"items": [], "fingerprint": "AA=="},
+    }
 
 
 class _Handler(BaseHTTPRequestHandler):
