@@ -35,6 +35,8 @@ class Server:
         before: Called before a request is served; whatever it raises as `Refusing` is the answer.
         after: Called when it has been served, before the answer goes out.
         metadata: Answers the metadata servers of VMs: from VM name and path to text.
+        vms: TPU VMs beside queued resources, by zone and name, with their state.
+        patched: The node that was changed last.
     """
 
     world: World
@@ -44,6 +46,7 @@ class Server:
     after: Callable[[Call], None] = lambda call: None
     metadata: Callable[[str, str], str | None] = lambda vm, path: None
     vms: dict[tuple[str, str], str] = field(default_factory=dict)
+    patched: dict[str, Any] = field(default_factory=dict)
 
     def answer(self, call: Call) -> Any:
         """Serves a request of the TPU API or of the parts of Compute that gcloud needs."""
@@ -66,15 +69,17 @@ class Server:
                     raise Refusing(404, "NOT_FOUND", f"Resource '{parent}/queuedResources/{name}' was not found")
                 return _queued(found, parent)
             case "DELETE", "queuedResources", [name]:
-                if not self.world.delete(zone, name, force=call.query.get("force") == "true"):
+                if not self.world.delete(zone, name, force=call.query.get("force", "").lower() == "true"):
                     raise Refusing(404, "NOT_FOUND", f"Resource '{parent}/queuedResources/{name}' was not found")
                 return {"name": f"{parent}/operations/deletion", "done": False}
             case "GET", "operations", [name]:
-                return {"name": f"{parent}/operations/{name}", "done": True}
+                return {"name": f"{parent}/operations/{name}", "done": True, "response": self.patched}
             case "GET", "nodes", [name]:
                 return self._node(parent, zone, name)
             case "PATCH", "nodes", [name]:
-                return _operation(parent, version, self._node(parent, zone, name), kind="Node")
+                operation = _operation(parent, version, self._node(parent, zone, name), kind="Node")
+                self.patched = operation["response"]
+                return operation
             case "POST", "nodes", [name] if name.endswith(":getGuestAttributes"):
                 return {"guestAttributes": []}
         raise Refusing(404, "NOT_FOUND", f"no such path {call.path}")

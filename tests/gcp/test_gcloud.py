@@ -88,7 +88,7 @@ def test_refusals_and_every_way_to_pay(tmp_path):
             cloud.create(driver.request(a_record(job, attempt=number), boot="", now=1000.0))
         assert caught.value.reason is Refusal.NAME_TAKEN
     reserved, several, flexible = [c for c in fake.calls if c.method == "POST" and c.path.endswith("Resources")][1:4]
-    assert reserved.body["guaranteed"]["reserved"] or "reservations/-" in reserved.body["reservationName"]
+    assert reserved.body["reservationName"].endswith("reservations/-")
     assert several.body["tpu"]["nodeSpec"][0]["multisliceParams"]["nodeCount"] == 2
     assert several.body["tpu"]["nodeSpec"][0]["node"]["metadata"]["startup-script"] == "a,b\n'c'"
     assert flexible.path.startswith("/v2alpha1/") and flexible.body["provisioningModel"] == "FLEX_START"
