@@ -256,9 +256,10 @@ class ExistingVm:
             "QWQ_JAX_AGENT_SHA256": request.metadata["qwq-jax-agent-sha256"],
             "QWQ_JAX_JOB": request.metadata["qwq-jax-job"],
         }
-        words = " ".join(f"{name}={shlex.quote(value)}" for name, value in given.items())
-        script = base64.b64encode(request.metadata["startup-script"].encode()).decode()
-        self.gcloud.ssh(request.zone, self.vm, f"echo {script} | base64 -d | sudo env {words} bash")
+        exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in given.items())
+        # One word: gcloud, ssh and two shells pass it on, and each of them splits and quotes in its own way.
+        script = base64.b64encode((exports + request.metadata["startup-script"]).encode()).decode()
+        self.gcloud.ssh(request.zone, self.vm, f"echo {script} | base64 -d | sudo bash")
         self._mark("vm-started")
 
     def delete(self, zone: str, name: str) -> None:

@@ -1,6 +1,7 @@
 """Objects in a bucket, with conditional writes."""
 
 import hashlib
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class Bucket:
                 "POST",
                 f"{self._filesystem._location}/upload/storage/v1/b/{{}}/o",
                 self._name,
-                data=body + f"\r\n--{boundary}--\r\n".encode(),
+                data=_Body(body + f"\r\n--{boundary}--\r\n".encode()),
                 headers={"Content-Type": f'multipart/related; boundary="{boundary}"'},
                 uploadType="multipart",
                 **condition,
@@ -99,6 +100,13 @@ class Bucket:
             if not (token := listing.get("nextPageToken")):
                 return dict(sorted(found.items()))
             page = {"pageToken": token}
+
+
+class _Body(io.BytesIO):
+    """Stays open after it was sent: a retry sends it again."""
+
+    def close(self) -> None:
+        """Does nothing."""
 
 
 def open_bucket(address: str) -> Bucket:

@@ -1,7 +1,9 @@
 """The launcher through the real gcloud, whose own parser checks our flags, against the same server."""
 
+import base64
 import json
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -117,8 +119,12 @@ def test_a_vm_that_exists(tmp_path):
         assert cloud.get("us-central2-b", "x").state is State.LOST
         cloud.delete("us-central2-b", "x")
         assert cloud.get("us-central2-b", "x") is None
-    told = (tmp_path / "ssh.log").read_text()
-    assert "base64 -d" in told and "QWQ_JAX_JOB=" in told
+    told = (tmp_path / "ssh.log").read_text().split()
+    assert told[-6:] == ["|", "base64", "-d", "|", "sudo", "bash"]
+    script = base64.b64decode(told[-7]).decode()
+    assert (
+        script.endswith("echo hello") and f"export QWQ_JAX_JOB={shlex.quote(request.metadata['qwq-jax-job'])}" in script
+    )
     assert not any(call.method == "DELETE" for call in fake.calls)
 
 
