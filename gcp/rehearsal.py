@@ -35,6 +35,10 @@ class PlannedCloud:
         self._active = active
         self._made: dict[tuple[str, str], bool] = {}
 
+    def adopt(self, record: Record) -> None:
+        """Takes the resource of a record for made."""
+        self._made[record.zone, record.resource] = True
+
     def get(self, zone: str, name: str) -> Resource | None:
         """Says so; active if it was made."""
         self._ask("GET", zone, name, ["describe", name, f"--zone={zone}"])
@@ -60,7 +64,9 @@ class PlannedCloud:
         parent = f"projects/{self._project}/locations/{request.zone}"
         body = json.loads(
             tpu_v2.QueuedResource.to_json(
-                queued_resource(request, parent), including_default_value_fields=False, use_integers_for_enums=False
+                queued_resource(request, parent),
+                always_print_fields_with_no_presence=False,
+                use_integers_for_enums=False,
             )
         )
         metadata = body["tpu"]["nodeSpec"][0]["node"]["metadata"]
@@ -105,9 +111,11 @@ def _short(key: str, value: str) -> str:
     return f"({len(value.splitlines())} lines of gcp/boot.sh)" if key == "startup-script" else value
 
 
-def seed(objects: Objects, job: JobSpec, *, now: float) -> None:
-    """Puts a record of a submitted job into a rehearsed bucket."""
+def seed(objects: Objects, job: JobSpec, *, now: float) -> Record:
+    """Puts a record of a job in its first attempt into a rehearsed bucket."""
     staged = Staged(agent="AGENT", agent_sha256="SHA256", wheel="WHEEL", lock="LOCK", files={})
     deadline = now + job.deadline_hours * 3600
     record = Record(job=job, uid="000000", staged=staged, created=now, deadline=deadline, owner="rehearsal")
+    record = record.changed(phase="asked", attempt=1, created_resource=True, asked_at=now)
     save(objects, record, generation=0)
+    return record

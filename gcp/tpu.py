@@ -254,7 +254,9 @@ def _opened(
     spec = load_toml(job, JobSpec, overrides or ())
     session = _open(spec, client_name, dry_run=dry_run, cloud=cloud)
     if dry_run:
-        rehearsal.seed(session.objects, spec, now=time.time())
+        record = rehearsal.seed(session.objects, spec, now=time.time())
+        if isinstance(session.cloud, rehearsal.PlannedCloud):
+            session.cloud.adopt(record)
     return session
 
 
