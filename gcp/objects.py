@@ -3,9 +3,9 @@
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import gcsfs
 
@@ -57,7 +57,7 @@ class Bucket:
     def get(self, name: str) -> Object | None:
         """Reads an object and its generation in one answer."""
         try:
-            headers, data = self._filesystem.call("GET", "b/{}/o/{}", self._name, name, alt="media")
+            headers, data = self._call("GET", "b/{}/o/{}", self._name, name, alt="media")
         except FileNotFoundError:
             return None
         return Object(data, int(headers["X-Goog-Generation"]))
@@ -72,7 +72,7 @@ class Bucket:
         ).encode() + data
         condition = {} if generation is None else {"ifGenerationMatch": str(generation)}
         try:
-            _, answer = self._filesystem.call(
+            _, answer = self._call(
                 "POST",
                 f"{self._filesystem._location}/upload/storage/v1/b/{{}}/o",
                 self._name,
@@ -94,12 +94,16 @@ class Bucket:
         found: dict[str, int] = {}
         page: dict[str, str] = {}
         while True:
-            _, answer = self._filesystem.call("GET", "b/{}/o", self._name, prefix=prefix, **page)
+            _, answer = self._call("GET", "b/{}/o", self._name, prefix=prefix, **page)
             listing = json.loads(answer)
             found |= {item["name"]: int(item["size"]) for item in listing.get("items", ())}
             if not (token := listing.get("nextPageToken")):
                 return dict(sorted(found.items()))
             page = {"pageToken": token}
+
+    def _call(self, method: str, path: str, *arguments: str, **options: object) -> tuple[Mapping[str, str], bytes]:
+        answer: Any = self._filesystem.call(method, path, *arguments, **options)
+        return answer
 
 
 class _Body(io.BytesIO):

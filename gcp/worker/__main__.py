@@ -34,7 +34,14 @@ def main() -> int:
             return 2
         assignment = Assignment.from_json(text)
         google.bucket = assignment.bucket
-        agent = Agent(google, assignment, _place(google, assignment), home, _pace())
+        agent = Agent(
+            google,
+            assignment,
+            _place(google, assignment),
+            home=home,
+            pace=_pace(),
+            inherited=dict(os.environ),
+        )
         signal.signal(signal.SIGTERM, lambda number, frame: setattr(agent.guard, "signalled", True))
         agent.run()
     return 0

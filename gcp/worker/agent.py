@@ -67,11 +67,21 @@ class Stopped(Exception):
 class Agent:
     """One attempt on one VM."""
 
-    def __init__(self, google: Google, assignment: Assignment, place: Place, home: Path, pace: Pace) -> None:
+    def __init__(
+        self,
+        google: Google,
+        assignment: Assignment,
+        place: Place,
+        *,
+        home: Path,
+        pace: Pace,
+        inherited: "dict[str, str]",
+    ) -> None:
         self._google = google
         self._assignment = assignment
         self._place = place
         self._home = home
+        self._inherited = inherited
         self._pace = pace
         self._work = home / f"work-{assignment.uid}"
         self._log = home / f"log-{assignment.uid}-{assignment.attempt:04d}"
@@ -129,7 +139,7 @@ class Agent:
             raise
 
     def _environment(self, binaries: Path, number: int) -> "dict[str, str]":
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("QWQ_JAX_")}
+        inherited = {name: value for name, value in self._inherited.items() if not name.startswith("QWQ_JAX_")}
         paths = [path for path in inherited.pop("PYTHONPATH", "").split(":") if path and not path.endswith(".zip")]
         given = {
             "PATH": f"{binaries}:{inherited.get('PATH', '')}",

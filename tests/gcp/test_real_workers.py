@@ -74,7 +74,7 @@ def test_four_workers_train_are_preempted_and_finish(tmp_path):
         empty_lock = b"# everything is there already\n"
         staged = staging.stage(bucket, files, wheel=staging.build_wheel(), lock=empty_lock)
         now = time.time()
-        fresh = records.Record(job=job, uid="abc123", staged=staged, created=now, deadline=now + 280, owner="one")
+        fresh = records.Record(job=job, uid="abc123", staged=staged, created=now, deadline=now + 600, owner="one")
         records.save(bucket, fresh, generation=0)
 
         def sleep(seconds: float) -> None:

@@ -232,7 +232,14 @@ class TestAgent:
         (binaries / "qwq-jax").write_text(f"#!/bin/bash\n{script}\n")
         (binaries / "qwq-jax").chmod(0o755)
         pace = Pace(tick=0.01, check=0.02, mirror=0.02, status=0.1, grace=2.0, straggler=0.3)
-        agent = Agent(google, an_assignment(**changes), Place(index, count, None), tmp_path, pace)
+        agent = Agent(
+            google,
+            an_assignment(**changes),
+            Place(index, count, None),
+            home=tmp_path,
+            pace=pace,
+            inherited=dict(os.environ),
+        )
         (tmp_path / "work-abc123").mkdir(exist_ok=True)
         return agent
 
