@@ -75,7 +75,7 @@ class Session:
     def launcher(self) -> Launcher:
         """A launcher of this session."""
         boot = staging.BOOT.read_text(encoding="utf-8")
-        return Launcher(self.objects, self.cloud, self.owner, boot, time.time, self.sleep, _say)
+        return Launcher(self.objects, self.cloud, self.owner, boot, _now, self.sleep, _say)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -121,7 +121,7 @@ def submit(
         files,
         build=staging.build_wheel,
         owner=session.owner,
-        now=time.time(),
+        now=_now(),
         again=again,
     )
     _say(f"job {spec.name}, run {record.uid}: {spec.slices} x {spec.topology}, {spec.provisioning}")
@@ -152,7 +152,7 @@ def status(job: Job, overrides: Set = None, client_name: Client = "rest", dry_ru
         print(f"resource {record.resource}: {resource.detail if resource else 'none'}")
         if found := session.objects.get(record.places.status(record.attempt)):
             print(f"first worker: {found.data.decode()}")
-    print(f"deadline {_when(record.deadline)}; {price.cost(record, price.read_prices(), time.time())}")
+    print(f"deadline {_when(record.deadline)}; {price.cost(record, price.read_prices(), _now())}")
     return EXIT_DONE
 
 
@@ -199,7 +199,7 @@ def logs(
 def cancel(job: Job, overrides: Set = None, client_name: Client = "rest", dry_run: DryRun = False) -> int:
     """End a job and delete what it holds; the job may save first, for two minutes."""
     session = _opened(job, overrides, client_name, dry_run=dry_run)
-    ended = Outcome(kind="cancelled", detail="by `cancel`", at=time.time())
+    ended = Outcome(kind="cancelled", detail="by `cancel`", at=_now())
     ended = records.conclude(session.objects, session.record(), ended)
     record = session.launcher().drive(session.job.name)
     print(f"{session.job.name}: {_state(record, ended)}")
@@ -216,7 +216,7 @@ def cost(
     """Say how many chip-hours a job took, and what they cost if the price table knows."""
     table = price.read_prices(prices)
     record = _opened(job, overrides, "rest", dry_run=dry_run, cloud=False).record()
-    print(price.cost(record, table, time.time()))
+    print(price.cost(record, table, _now()))
     return EXIT_DONE
 
 
@@ -254,7 +254,7 @@ def _opened(
     spec = load_toml(job, JobSpec, overrides or ())
     session = _open(spec, client_name, dry_run=dry_run, cloud=cloud)
     if dry_run:
-        record = rehearsal.seed(session.objects, spec, now=time.time())
+        record = rehearsal.seed(session.objects, spec, now=_now())
         if isinstance(session.cloud, rehearsal.PlannedCloud):
             session.cloud.adopt(record)
     return session
@@ -283,15 +283,22 @@ def _open(spec: JobSpec, client_name: ClientName, *, dry_run: bool, cloud: bool 
         chosen = ExistingVm(spec.vm, by_command, objects, record) if spec.vm else by_command
     else:
         chosen = client.connect(spec.project, endpoint=os.environ.get("QWQ_JAX_TPU_ENDPOINT"))
-    # Tests have less patience.
-    factor = float(os.environ.get("QWQ_JAX_PACE", "1"))
-    return Session(spec, objects, chosen, owner, dry_run, lambda seconds: time.sleep(seconds * factor))
+    return Session(spec, objects, chosen, owner, dry_run, lambda seconds: time.sleep(seconds * _pace()))
+
+
+def _pace() -> float:
+    """Length of a second, which tests make shorter."""
+    return float(os.environ.get("QWQ_JAX_PACE", "1"))
+
+
+def _now() -> float:
+    return time.time() / _pace()
 
 
 def _told(record: Record) -> int:
     assert record.outcome is not None, "a job that is over has an outcome"
     _say(f"{record.job.name}: {record.outcome.kind}, {record.outcome.detail}")
-    _say(f"{price.cost(record, price.read_prices(), time.time())}")
+    _say(f"{price.cost(record, price.read_prices(), _now())}")
     return {"done": EXIT_DONE, "bad-input": EXIT_BAD_INPUT}.get(record.outcome.kind, EXIT_FAILED)
 
 

@@ -1,5 +1,6 @@
 """``python gcp/tpu.py submit`` as a process, killed by SIGKILL at seeded requests, and submitted again."""
 
+import itertools
 import json
 import os
 import random
@@ -17,7 +18,7 @@ from gcp.job import JobSpec
 from gcp.objects import Bucket
 from qwq_jax.config.load import load_toml
 from tests.gcp.bucket import bucket_server, environment
-from tests.gcp.fake_tpu import Call, Server, serve
+from tests.gcp.fake_tpu import Call, serve
 from tests.gcp.vms import ROOT
 from tests.gcp.world import Queued, World
 
@@ -30,8 +31,11 @@ arguments = ["gs://bucket/hf", "gs://bucket/ours"]
 topology = "v5e:2x2"
 zones = ["dry", "wet"]
 provisioning = "spot"
-deadline_hours = 1
+deadline_hours = 100
 """
+
+# Of the launcher's seconds.
+PACE = 0.002
 
 
 class ScriptedVms:
@@ -56,58 +60,77 @@ class ScriptedVms:
             self.ended.append(queued.name)
 
 
-def submit(directory: Path, variables: dict[str, str]) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "gcp" / "tpu.py"), "submit", "job.toml"]
-    return subprocess.Popen(
-        command, cwd=directory, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+class Launchers:
+    """Starts launchers one after another."""
+
+    def __init__(self, storage: str, directory: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.gcp.launchers"],
+            cwd=ROOT,
+            env=environment(storage, directory),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(self, directory: Path, url: str) -> int:
+        """Returns its process id."""
+        variables = {"QWQ_JAX_TPU_ENDPOINT": url, "QWQ_JAX_PACE": str(PACE)}
+        order = {"directory": str(directory), "environment": variables, "arguments": ["submit", "job.toml"]}
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def wait(self) -> int:
+        """Returns its exit code."""
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(timeout=10)
+        self._process.stdout.close()
 
 
-def story(directory: Path, storage: str, kill: int, *, before: bool) -> int:
+def story(launchers: Launchers, bucket: Bucket, directory: Path, kill: int, *, before: bool) -> int:
     """One job whose first launcher dies at request `kill` to Cloud TPU; returns how many requests there were."""
     directory.mkdir()
     (directory / "job.toml").write_text(JOB.format(name=directory.name))
-    requests = iter(range(1, 10_000))
-    looks = iter(range(10_000_000))
+    looks = itertools.count()
     world = World(lambda: float(next(looks)), provision=10.0, deletion=3.0, lifetimes=[12.0, None], dry={"dry"})
-    filesystem = gcsfs.GCSFileSystem(token="anon", endpoint_url=storage, skip_instance_cache=True)
-    bucket = Bucket("gs://bucket", filesystem)
     world.vm = vms = ScriptedVms(bucket, world)
     # The record is there, so that no launcher spends its time on building a wheel that nobody installs.
     spec = load_toml(directory / "job.toml", JobSpec)
-    submission.submit(bucket, spec, {}, build=lambda: ("w.whl", b""), owner="nobody", now=time.time())
-    with serve(world) as fake:
-        variables = environment(storage, directory) | {"QWQ_JAX_TPU_ENDPOINT": fake.url, "QWQ_JAX_PACE": "0.002"}
-        process = submit(directory, variables)
-        _kill_at(fake, process, kill, before=before, requests=requests)
-        process.communicate(timeout=60)
-        killed = process.returncode == -signal.SIGKILL
-        fake.before = fake.after = lambda call: None
-        if killed:
-            process = submit(directory, variables)
-            said, _ = process.communicate(timeout=60)
-            assert process.returncode == 0, said
-        assert not world.resources, "a resource was left"
-        assert len(vms.ended) == 1, "the job was done once"
-        held = [(begin, end) for _, begin, end in world.held()]
-        assert all(end is not None for _, end in held)
-        assert all(first[1] <= second[0] for first, second in zip(held, held[1:], strict=False)), "two at a time"
-        names = [queued.name for queued in world.history]
-        assert len(set(names)) == len(names)
-        assert len({name.rpartition("-")[0] for name in names}) == 1, "one run"
-    return next(requests) - 1
+    submission.submit(bucket, spec, {}, build=lambda: ("w.whl", b""), owner="nobody", now=time.time() / PACE)
+    struck: list[int] = []
+    count = itertools.count(1)
 
-
-def _kill_at(fake: Server, process: subprocess.Popen[str], kill: int, *, before: bool, requests) -> None:
     def strike(call: Call) -> None:
-        if next(requests) == kill:
-            os.kill(process.pid, signal.SIGKILL)
-            time.sleep(0.05)
+        if next(count) == kill:
+            struck.append(launcher)
+            os.kill(launcher, signal.SIGKILL)
 
-    if before:
-        fake.before = strike
-    else:
-        fake.after = strike
+    with serve(world) as fake:
+        launcher = launchers.start(directory, fake.url)
+        if before:
+            fake.before = strike
+        else:
+            fake.after = strike
+        code = launchers.wait()
+        assert (code == -signal.SIGKILL) == bool(struck)
+        if struck:
+            fake.before = fake.after = lambda call: None
+            launchers.start(directory, fake.url)
+            code = launchers.wait()
+        assert code == 0, (directory / "log").read_text()
+    assert not world.resources, "a resource was left"
+    assert len(vms.ended) == 1, "the job was done once"
+    held = [(begin, end) for _, begin, end in world.held()]
+    assert all(end is not None for _, end in held)
+    assert all(first[1] <= second[0] for first, second in itertools.pairwise(held)), "two at a time"
+    names = [queued.name for queued in world.history]
+    assert len(set(names)) == len(names)
+    assert len({name.rpartition("-")[0] for name in names}) == 1, "one run"
+    return len(fake.calls)
 
 
 @pytest.mark.slow
@@ -115,9 +138,15 @@ def test_killed_at_twenty_seeded_points(tmp_path, monkeypatch):
     """The launcher's own code is not touched: the server kills it at the request, before or after it takes effect."""
     monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     chance = random.Random(0)
-    # A run without a kill makes about this many requests: see the last story.
-    points = [(chance.randrange(1, 30), chance.random() < 0.5) for _ in range(20)]
     with bucket_server() as storage:
-        for number, (kill, before) in enumerate(points):
-            story(tmp_path / f"job{number}", storage, kill, before=before)
-        assert story(tmp_path / "whole", storage, 100_000, before=True) >= 30
+        filesystem = gcsfs.GCSFileSystem(token="anon", endpoint_url=storage, skip_instance_cache=True)
+        bucket = Bucket("gs://bucket", filesystem)
+        launchers = Launchers(storage, tmp_path)
+        try:
+            whole = story(launchers, bucket, tmp_path / "whole", 100_000, before=True)
+            assert whole >= 20
+            for number in range(20):
+                kill, before = chance.randrange(1, whole), chance.random() < 0.5
+                story(launchers, bucket, tmp_path / f"job{number}", kill, before=before)
+        finally:
+            launchers.close()
