@@ -45,7 +45,7 @@ def test_no_room_then_quota_then_done(stage):
     stage.world.dry, stage.world.over_quota = {"a"}, {"b"}
 
     def sleep(seconds: float) -> None:
-        stage.clock.sleep(max(seconds, 30))
+        stage.clock.sleep(max(seconds, 90))
         if stage.clock() > stage.begin + 1000:
             stage.world.over_quota.clear()
 

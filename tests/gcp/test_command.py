@@ -69,7 +69,7 @@ def test_the_results_lie_where_the_walk_fetches_them():
     (copy,) = [line for line in WALK if "storage cp" in line]
     (pattern,) = re.findall(r"gs://my-bucket/(\S+?)'", copy)
     record = a_record(a_job(name="qwq-generate"))
-    assert re.fullmatch(pattern.replace("*", "[^/]+"), record.places.results)
+    assert re.fullmatch(pattern.replace("*", "[^/]+"), f"{record.places.results}/answers.jsonl")
 
 
 @pytest.mark.parametrize("verb", ["watch", "status", "logs", "cancel", "cost"])

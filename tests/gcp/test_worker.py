@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gcp.worker import install
+from gcp.worker import install, rounds
 from gcp.worker.__main__ import _place
 from gcp.worker.agent import Agent, Pace, Place, Stopped
 from gcp.worker.assignment import Assignment
@@ -290,8 +290,9 @@ class TestAgent:
         assert stopped.stop.reason is Reason.PREEMPTED
         assert "run/outcome.json" not in google.found
 
-    def test_a_round_is_not_started_twice(self, google, tmp_path):
+    def test_a_round_is_not_started_twice(self, google, tmp_path, monkeypatch):
         """The VM started again in the middle of it."""
+        monkeypatch.setattr(rounds, "FIRST_WAIT", 0.05)
         google.found["run/attempts/0001/rounds/0000/start-0000.json"] = b"{}"
         self.run(self.agent(google, tmp_path, "echo x >>tries; exit 0"), tmp_path)
         assert (tmp_path / "work-abc123" / "tries").read_text() == "x\n", "in the next round only"
