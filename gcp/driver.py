@@ -142,7 +142,7 @@ class Launcher:
                 self.sleep(POLL)
 
     def _sweep(self, record: Record) -> bool:
-        """Deletes what other attempts of this run left, and says whether nothing was.
+        """Deletes what earlier attempts of this run left, and says whether nothing was.
 
         There is such a thing if a launcher slept between writing the record and asking, while another one went on.
         """
@@ -161,9 +161,10 @@ class Launcher:
 
     def _strays(self, record: Record, zone: str) -> list[Resource]:
         ours = record.places.resource(0).removesuffix("0")
-        current = record.resource if record.phase != "over" and zone == record.zone else None
-        found = self.cloud.list(zone)
-        return [each for each in found if each.name.startswith(ours) and each.name != current]
+        found = {each: each.name.removeprefix(ours) for each in self.cloud.list(zone) if each.name.startswith(ours)}
+        # A later attempt is none of ours to judge: this launcher may be the one that slept.
+        past = record.attempt + (record.phase == "over")
+        return [each for each, number in found.items() if number.isdecimal() and int(number) < past]
 
 
 def request(record: Record, *, boot: str, now: float) -> Request:
@@ -220,6 +221,7 @@ def assignment(record: Record) -> Assignment:
         files=staged.files,
         results=list(job.results),
         environment=job.environment,
+        apt_packages=list(job.apt_packages),
         compile_cache=names.compile_cache(job.bucket, job.slice.accelerator_type),
         cpu=job.slice.generation == "cpu",
     )

@@ -50,6 +50,7 @@ class JobSpec(Frozen):
         preemptions: How many are borne.
         failures: How many are borne, of the job or of resources.
         environment: Variables of the job's process.
+        apt_packages: Debian packages that the VMs need, such as ``bubblewrap`` for rewards that run programs.
     """
 
     name: str
@@ -77,6 +78,7 @@ class JobSpec(Frozen):
     preemptions: int = Field(default=100, ge=0)
     failures: int = Field(default=2, ge=0)
     environment: dict[str, str] = Field(default_factory=dict)
+    apt_packages: tuple[str, ...] = ()
 
     @property
     def slice(self) -> Topology:

@@ -29,6 +29,7 @@ class Assignment:
         files: Objects by their names in the working directory.
         results: Patterns of files to mirror.
         environment: Variables of the job.
+        apt_packages: Debian packages to install first.
         compile_cache: ``gs://`` directory of compiled programs.
         cpu: The workers have no TPU.
     """
@@ -53,6 +54,7 @@ class Assignment:
     files: dict[str, str]
     results: list[str]
     environment: dict[str, str]
+    apt_packages: "list[str]"
     compile_cache: str
     cpu: bool
 

@@ -45,6 +45,9 @@ def install(google: Google, assignment: Assignment, home: Path, run: Run) -> Pat
     environment = home / f"venv-{key}"
     if (environment / _MARKER).exists():
         return environment / "bin"
+    if assignment.apt_packages:
+        _do(run, ["apt-get", "update", "--quiet"])
+        _do(run, ["apt-get", "install", "--yes", "--no-install-recommends", *assignment.apt_packages])
     staged = home / "staged"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)

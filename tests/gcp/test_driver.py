@@ -266,6 +266,26 @@ def test_a_launcher_that_slept_between_writing_and_asking_leaves_no_second_job()
     assert stage.workers.starts == ["job-abc123-1", "job-abc123-2"], "the late one found its attempt past"
 
 
+def test_what_an_earlier_attempt_left_is_deleted_and_a_later_one_is_not_touched():
+    """A resource that waits has no VM that could see that it is not wanted."""
+    stage = Stage()
+    stage.world.stuck = {"b"}
+    body = {"tpu": {"nodeSpec": [{"nodeId": "x", "node": {}}]}}
+    for number in (1, 2, 3):
+        stage.world.create("b", f"job-abc123-{number}", body)
+    stage.world.create("b", "job-other-1", body)
+    past = records.load(stage.objects, "job").record.changed(phase="asked", attempt=2)
+    assert not stage.launcher()._sweep(past)
+    stage.clock.sleep(60)
+    stage.world.advance()
+    assert sorted(name for _, name in stage.world.resources) == ["job-abc123-2", "job-abc123-3", "job-other-1"]
+    stage.world.drop("b", "job-abc123-2")
+    assert not stage.launcher()._sweep(past.changed(phase="over", attempt=3))
+    stage.clock.sleep(60)
+    stage.world.advance()
+    assert [name for _, name in stage.world.resources] == ["job-other-1"]
+
+
 def test_a_name_that_is_taken_is_not_asked_for_again():
     stage = Stage()
     asked: list[str] = []

@@ -84,6 +84,7 @@ def an_assignment(**changes: Any) -> Assignment:
         "files": {},
         "results": [],
         "environment": {"GIVEN": "1"},
+        "apt_packages": [],
         "compile_cache": "gs://bucket/cache",
         "cpu": True,
     }
@@ -191,6 +192,29 @@ def test_what_is_not_what_its_name_says_is_not_installed(google):
         install.fetch(google, good)
     with pytest.raises(install.InstallFailed, match="missing"):
         install.fetch(google, "content/00/none.whl")
+
+
+def test_an_installation_is_made_once_for_a_lock_and_a_wheel(google, tmp_path):
+    ran: list[list[str]] = []
+
+    def run(command: Any) -> int:
+        ran.append(list(command))
+        if "venv" in command:
+            Path(command[-1]).mkdir(parents=True)
+        return 0
+
+    for name in ("w.whl", "other.whl", "lock"):
+        google.found[f"c/{hashlib.sha256(name.encode()).hexdigest()}/{name}"] = name.encode()
+    wheel, other, lock = (next(n for n in google.found if n.endswith(f"/{e}")) for e in ("w.whl", "other.whl", "lock"))
+    told = an_assignment(wheel=wheel, lock=lock, apt_packages=["bubblewrap"])
+    first = install.install(google, told, tmp_path, run)
+    assert ran[1][:3] == ["apt-get", "install", "--yes"] and ran[1][-1] == "bubblewrap"
+    assert ran[-1][-1].endswith("w.whl") and ran[-2][-1].endswith("requirements.lock")
+    ran.clear()
+    assert install.install(google, told, tmp_path, run) == first and ran == [], "warm"
+    assert install.install(google, an_assignment(wheel=other, lock=lock), tmp_path, run) != first and ran
+    with pytest.raises(install.InstallFailed, match="exited with 1"):
+        install.install(google, an_assignment(wheel=wheel, lock=other), tmp_path, lambda command: int("pip" in command))
 
 
 def test_who_holds_a_chip_is_killed(tmp_path):
