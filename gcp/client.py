@@ -109,9 +109,6 @@ def queued_resource(request: Request, parent: str) -> tpu_v2.QueuedResource:
         network_config=tpu_v2.NetworkConfig(
             network=request.network or "", subnetwork=request.subnetwork or "", enable_external_ips=request.external_ips
         ),
-        scheduling_config=tpu_v2.SchedulingConfig(
-            spot=request.provisioning == "spot", reserved=request.provisioning == "reserved"
-        ),
     )
     if request.service_account:
         scope = ["https://www.googleapis.com/auth/cloud-platform"]

@@ -51,7 +51,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print every request and
 
 
 @dataclass(frozen=True)
-class Session:
+class Context:
     """What a verb works with: the job, its bucket, its cloud; all of them rehearsed in a dry run."""
 
     job: JobSpec
@@ -73,7 +73,7 @@ class Session:
         return saved.record
 
     def launcher(self) -> Launcher:
-        """A launcher of this session."""
+        """A launcher of this context."""
         boot = staging.BOOT.read_text(encoding="utf-8")
         return Launcher(self.objects, self.cloud, self.owner, boot, _now, self.sleep, _say)
 
@@ -114,43 +114,43 @@ def submit(
     """Stage code and files, get chips, run the job to its end; killed, the same command goes on."""
     spec = load_toml(job, JobSpec, overrides or ())
     files = submission.check(spec, Path.cwd())
-    session = _open(spec, client_name, dry_run=dry_run)
+    context = _open(spec, client_name, dry_run=dry_run)
     record = submission.submit(
-        session.objects,
+        context.objects,
         spec,
         files,
         build=staging.build_wheel,
-        owner=session.owner,
+        owner=context.owner,
         now=_now(),
         again=again,
     )
     _say(f"job {spec.name}, run {record.uid}: {spec.slices} x {spec.topology}, {spec.provisioning}")
     _say(f"at most {price.most(record, price.read_prices())}")
-    return _told(session.launcher().drive(spec.name))
+    return _told(context.launcher().drive(spec.name))
 
 
 @app.command(epilog="Example: `python gcp/tpu.py watch configs/gcp/generate_v6e.toml`")
 def watch(job: Job, overrides: Set = None, client_name: Client = "rest", dry_run: DryRun = False) -> int:
     """Take up a job whose launcher is gone, and see it to its end."""
-    session = _opened(job, overrides, client_name, dry_run=dry_run)
-    session.record()
-    return _told(session.launcher().drive(session.job.name))
+    context = _opened(job, overrides, client_name, dry_run=dry_run)
+    context.record()
+    return _told(context.launcher().drive(context.job.name))
 
 
 @app.command(epilog="Example: `python gcp/tpu.py status configs/gcp/generate_v6e.toml`")
 def status(job: Job, overrides: Set = None, client_name: Client = "rest", dry_run: DryRun = False) -> int:
     """Say where a job is, and what has happened."""
-    session = _opened(job, overrides, client_name, dry_run=dry_run)
-    record = session.record()
+    context = _opened(job, overrides, client_name, dry_run=dry_run)
+    record = context.record()
     for event in record.events[-20:]:
         print(f"{_when(event.at)}  {event.text}")
-    ended = record.outcome or records.outcome(session.objects, record)
+    ended = record.outcome or records.outcome(context.objects, record)
     print(f"{record.job.name}: {_state(record, ended)}, attempt {record.attempt}, zone {record.zone}")
     print(f"preemptions {record.preemptions} of {record.job.preemptions}, failures {record.failures} of resources")
     if record.phase in ("asked", "leaving"):
-        resource = session.cloud.get(record.zone, record.resource)
+        resource = context.cloud.get(record.zone, record.resource)
         print(f"resource {record.resource}: {resource.detail if resource else 'none'}")
-        if found := session.objects.get(record.places.status(record.attempt)):
+        if found := context.objects.get(record.places.status(record.attempt)):
             print(f"first worker: {found.data.decode()}")
     print(f"deadline {_when(record.deadline)}; {price.cost(record, price.read_prices(), _now())}")
     return EXIT_DONE
@@ -183,14 +183,14 @@ def logs(
     dry_run: DryRun = False,
 ) -> int:
     """Print the mirrored logs, each line with its attempt and worker."""
-    session = _opened(job, overrides, "rest", dry_run=dry_run, cloud=False)
-    record = session.record()
-    reader = LogReader(session.objects, record, worker)
+    context = _opened(job, overrides, "rest", dry_run=dry_run, cloud=False)
+    record = context.record()
+    reader = LogReader(context.objects, record, worker)
 
     def over() -> bool:
-        return not following or records.outcome(session.objects, record) is not None
+        return not following or records.outcome(context.objects, record) is not None
 
-    for line in follow(reader, over=over, sleep=session.sleep):
+    for line in follow(reader, over=over, sleep=context.sleep):
         print(line, flush=True)
     return EXIT_DONE
 
@@ -198,11 +198,11 @@ def logs(
 @app.command(epilog="Example: `python gcp/tpu.py cancel configs/gcp/generate_v6e.toml`")
 def cancel(job: Job, overrides: Set = None, client_name: Client = "rest", dry_run: DryRun = False) -> int:
     """End a job and delete what it holds; the job may save first, for two minutes."""
-    session = _opened(job, overrides, client_name, dry_run=dry_run)
+    context = _opened(job, overrides, client_name, dry_run=dry_run)
     ended = Outcome(kind="cancelled", detail="by `cancel`", at=_now())
-    ended = records.conclude(session.objects, session.record(), ended)
-    record = session.launcher().drive(session.job.name)
-    print(f"{session.job.name}: {_state(record, ended)}")
+    ended = records.conclude(context.objects, context.record(), ended)
+    record = context.launcher().drive(context.job.name)
+    print(f"{context.job.name}: {_state(record, ended)}")
     return EXIT_DONE
 
 
@@ -249,18 +249,18 @@ def print_xpk(
 
 def _opened(
     job: Path, overrides: list[str] | None, client_name: ClientName, *, dry_run: bool, cloud: bool = True
-) -> Session:
-    """A session of a job that was submitted; a rehearsed one is submitted first, without a word."""
+) -> Context:
+    """A context of a job that was submitted; a rehearsed one is submitted first, without a word."""
     spec = load_toml(job, JobSpec, overrides or ())
-    session = _open(spec, client_name, dry_run=dry_run, cloud=cloud)
+    context = _open(spec, client_name, dry_run=dry_run, cloud=cloud)
     if dry_run:
-        record = rehearsal.seed(session.objects, spec, now=_now())
-        if isinstance(session.cloud, rehearsal.PlannedCloud):
-            session.cloud.adopt(record)
-    return session
+        record = rehearsal.seed(context.objects, spec, now=_now())
+        if isinstance(context.cloud, rehearsal.PlannedCloud):
+            context.cloud.adopt(record)
+    return context
 
 
-def _open(spec: JobSpec, client_name: ClientName, *, dry_run: bool, cloud: bool = True) -> Session:
+def _open(spec: JobSpec, client_name: ClientName, *, dry_run: bool, cloud: bool = True) -> Context:
     owner = f"{uuid.uuid4()}"
     objects: Objects = PlannedObjects(print) if dry_run else open_bucket(spec.bucket)
 
@@ -277,13 +277,13 @@ def _open(spec: JobSpec, client_name: ClientName, *, dry_run: bool, cloud: bool 
 
         planned = rehearsal.PlannedCloud(spec.project, print, by_gcloud=client_name == "gcloud", active=active)
         chosen: Cloud = ExistingVm(spec.vm, GcloudCloud(spec.project, run), objects, record) if spec.vm else planned
-        return Session(spec, objects, chosen, owner, dry_run, lambda seconds: None)
+        return Context(spec, objects, chosen, owner, dry_run, lambda seconds: None)
     if not cloud or client_name == "gcloud" or spec.vm:
         by_command = GcloudCloud(spec.project)
         chosen = ExistingVm(spec.vm, by_command, objects, record) if spec.vm else by_command
     else:
         chosen = client.connect(spec.project, endpoint=os.environ.get("QWQ_JAX_TPU_ENDPOINT"))
-    return Session(spec, objects, chosen, owner, dry_run, lambda seconds: time.sleep(seconds * _pace()))
+    return Context(spec, objects, chosen, owner, dry_run, lambda seconds: time.sleep(seconds * _pace()))
 
 
 def _pace() -> float:
