@@ -276,3 +276,104 @@ def test_the_engine_compiles_in_one_place():
                 if (node.value.id, node.attr) in (("jax", "jit"), ("nnx", "jit")):
                     users.add(path.name)
     assert len(users) == 1, users
+
+
+GCP = ROOT / "gcp"
+# What the launcher's modules may see of each other, by layer; `worker` runs on the VMs, by itself.
+GCP_LAYERS = {
+    "topology": 0,
+    "names": 0,
+    "objects": 0,
+    "worker": 0,
+    "job": 1,
+    "cloud": 2,
+    "record": 2,
+    "client": 3,
+    "gcloud": 3,
+    "machine": 3,
+    "staging": 3,
+    "logs": 3,
+    "price": 3,
+    "manifest": 3,
+    "xpk": 3,
+    "submission": 4,
+    "driver": 4,
+    "rehearsal": 4,
+    "tpu": 5,
+}
+WORKER_ORDER = ("assignment", "google", "rounds", "mirror", "install", "guard", "agent", "__main__")
+
+
+def gcp_sources() -> list[Path]:
+    return sorted(GCP.rglob("*.py"))
+
+
+def each_gcp_source(test):
+    return pytest.mark.parametrize("path", gcp_sources(), ids=lambda path: path.relative_to(GCP).as_posix())(test)
+
+
+def gcp_modules(path: Path) -> set[str]:
+    """Modules of ours that a file imports, as dotted names below gcp."""
+    ours = {other.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for other in gcp_sources()}
+    return {target.removeprefix("gcp.") for target in imports(path) if target in ours}
+
+
+@each_gcp_source
+def test_gcp_imports_point_down(path):
+    parts = path.relative_to(GCP).with_suffix("").parts
+    if parts[0] == "__init__":
+        assert not imports(path)
+        return
+    for target in gcp_modules(path):
+        theirs = target.split(".")
+        if parts[0] == theirs[0] == "worker":
+            assert WORKER_ORDER.index(theirs[1]) < WORKER_ORDER.index(parts[1]), f"{parts} imports {theirs}"
+            continue
+        neighbours = {("record", "cloud"), ("driver", "gcloud"), ("cloud", "job")}
+        down = GCP_LAYERS[theirs[0]] < GCP_LAYERS[parts[0]]
+        assert down or (parts[0], theirs[0]) in neighbours, f"{parts} imports {theirs}"
+
+
+@each_gcp_source
+def test_gcp_sees_only_configurations_of_the_package_and_its_worker_nothing(path):
+    worker = path.is_relative_to(GCP / "worker")
+    for target in imports(path):
+        top = target.split(".")[0]
+        assert top not in JAX
+        if top == "qwq_jax":
+            assert not worker and is_within(target, "qwq_jax.config"), target
+        if worker:
+            assert top in sys.stdlib_module_names or is_within(target, "gcp.worker"), f"{target} is on no fresh VM"
+
+
+def test_gcp_brings_no_jax_in():
+    listed = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in gcp_sources()]
+    code = f"import sys, {', '.join(listed)}; sys.exit(' '.join(m for m in {JAX!r} if m in sys.modules) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@each_gcp_source
+def test_gcp_keeps_the_same_measures(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= FILE_LINES
+    assert not FORBIDDEN_NAMES & {part.removesuffix(".py") for part in path.relative_to(GCP).parts}
+    reads_environment = path.relative_to(GCP).as_posix() in ("tpu.py", "worker/__main__.py")
+    for node in ast.walk(tree(path)):
+        assert not isinstance(node, ast.Global)
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"bare except in line {node.lineno}"
+            caught = {item.id for item in ast.walk(node.type) if isinstance(item, ast.Name)}
+            assert not caught & {"Exception", "BaseException"}, f"line {node.lineno} catches {caught}"
+    for function in functions(path):
+        assert function.end_lineno is not None
+        assert function.end_lineno - function.lineno + 1 <= FUNCTION_LINES, function.name
+        parameters = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        named = [each for each in parameters if each.arg not in ("self", "cls")]
+        command = path.name == "tpu.py" and function.decorator_list
+        assert command or len(named) <= 8, f"{function.name} has {len(named)} parameters"
+        late = [target for node in ast.walk(function) for target in imported(node)]
+        assert not late, f"{function.name} imports {late}"
+    if not reads_environment:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
+                assert node.attr not in ("environ", "getenv", "putenv"), f"line {node.lineno}"

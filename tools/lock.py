@@ -1,10 +1,13 @@
-"""Writes requirements.lock: what this environment holds of the project's dependencies, direct and indirect, pinned.
+"""Writes what this environment holds of the project's dependencies, direct and indirect, pinned.
+
+requirements.lock is for tests and laptops, gcp/worker.lock for what a TPU VM runs.
 
 .venv/bin/python tools/lock.py
 """
 
 import importlib.metadata
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -12,7 +15,12 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 # What the tests and the command line use on a machine without an accelerator.
-EXTRAS = ("dev", "rl")
+EXTRAS = ("dev", "gcp", "rl", "serve")
+# What a job on a TPU VM uses; libtpu comes with the developers' packages here, for it compiles without a TPU.
+WORKER_EXTRAS = ("rl", "serve", "tpu")
+WORKER_HEADER = """\
+# Written by tools/lock.py. What the VMs of gcp/ install.
+"""
 # Needed to install the project itself without a network.
 BUILD = ("setuptools",)
 
@@ -23,11 +31,24 @@ HEADER = """\
 
 
 def main() -> None:
-    """Follows the requirements of pyproject.toml through the installed metadata."""
+    """Writes both files."""
+    write(ROOT / "requirements.lock", HEADER, EXTRAS)
+    write(ROOT / "gcp" / "worker.lock", WORKER_HEADER, WORKER_EXTRAS)
+
+
+def write(path: Path, header: str, extras: Sequence[str]) -> None:
+    """Pins what the project and `extras` need."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *BUILD]
-    for extra in EXTRAS:
+    for extra in extras:
         wanted.extend(project["optional-dependencies"][extra])
+    lines = pin(wanted)
+    path.write_text(header + "".join(lines))
+    print(f"{path.relative_to(ROOT)}: {len(lines)} packages")
+
+
+def pin(wanted: Sequence[str]) -> list[str]:
+    """Follows requirements through the installed metadata."""
     waiting = [Requirement(line) for line in wanted]
     # Of a platform's own package the others must not try to install any version.
     markers = {canonicalize_name(needed.name): f" ; {needed.marker}" for needed in waiting if needed.marker}
@@ -48,11 +69,9 @@ def main() -> None:
                 needed = Requirement(line)
                 if needed.marker is None or needed.marker.evaluate({"extra": extra}):
                     waiting.append(needed)
-    lines = [
+    return [
         f"{name}=={version}{markers.get(canonicalize_name(name), '')}\n" for name, version in sorted(pinned.items())
     ]
-    (ROOT / "requirements.lock").write_text(HEADER + "".join(lines))
-    print(f"requirements.lock: {len(lines)} packages")
 
 
 if __name__ == "__main__":

@@ -91,4 +91,4 @@ def test_every_config_of_inference_loads(path):
 
 
 def test_every_config_is_of_a_kind_that_is_tested():
-    assert {path.name for path in DIRECTORY.parent.iterdir()} <= {"models", "sft", "rl", "inference"}
+    assert {path.name for path in DIRECTORY.parent.iterdir()} <= {"models", "sft", "rl", "inference", "gcp"}

@@ -1,0 +1,273 @@
+"""The launcher's loop: read the record, look, decide, write the record, act. Killed anywhere, the next one goes on."""
+
+import base64
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from gcp import names
+from gcp import record as records
+from gcp.cloud import Cloud, Refused, Request, Resource, State
+from gcp.gcloud import GcloudCloud
+from gcp.job import DISTRIBUTED
+from gcp.machine import POLL, Action, Conclude, Create, Delete, Seen, Step, Stop, Wait, decide
+from gcp.objects import Conflict, Objects
+from gcp.record import Outcome, Record, Saved
+from gcp.worker.assignment import Assignment
+
+
+class TakenOver(Exception):
+    """Another launcher drives this job now."""
+
+
+@dataclass
+class Launcher:
+    """Drives one job to its end.
+
+    Attributes:
+        objects: The job's bucket.
+        cloud: Where resources are made.
+        owner: Of this launcher, unlike all others.
+        boot: Text of the start script.
+        clock: Seconds since 1970.
+        sleep: Waits.
+        say: Told of every event.
+    """
+
+    objects: Objects
+    cloud: Cloud
+    owner: str
+    boot: str
+    clock: Callable[[], float]
+    sleep: Callable[[float], None]
+    say: Callable[[str], None]
+    _refused: dict[str, Refused] = field(default_factory=dict)
+
+    def drive(self, job: str) -> Record:
+        """Runs until the job is over and no resource of it is left.
+
+        Raises:
+            TakenOver: Another launcher came.
+            ValueError: The bucket has no such job.
+        """
+        self._take(job)
+        while True:
+            saved = self._load(job)
+            if saved.record.owner != self.owner:
+                raise TakenOver(f"{job} is driven by another launcher now; `watch` shows how it goes")
+            action = self._step(saved)
+            if isinstance(action, Stop):
+                ended = self._load(job).record
+                if self._sweep(ended):
+                    return ended
+                action = Wait(POLL)
+            if isinstance(action, Wait) and action.seconds:
+                self.sleep(action.seconds)
+
+    def _step(self, saved: Saved) -> Action:
+        """Decides once, saves, acts. A record that somebody else replaced meanwhile is read again."""
+        try:
+            seen = self._look(saved.record)
+        except Refused as refused:
+            self.say(f"waiting: {refused}")
+            return Wait(POLL)
+        step = decide(saved.record, seen, self.clock())
+        try:
+            self._save(saved, step)
+        except Conflict:
+            return Wait(0.0)
+        self._act(step)
+        return step.action
+
+    def _load(self, job: str) -> Saved:
+        saved = records.load(self.objects, job)
+        if saved is None:
+            raise ValueError(f"there is no job {job} in this bucket")
+        return saved
+
+    def _take(self, job: str) -> None:
+        """Writes this launcher's name into the record; the one that was there stops when it sees it."""
+        while True:
+            saved = self._load(job)
+            try:
+                records.save(self.objects, saved.record.changed(owner=self.owner), generation=saved.generation)
+                return
+            except Conflict:
+                continue
+
+    def _look(self, record: Record) -> Seen:
+        outcome = records.outcome(self.objects, record)
+        if record.phase not in ("asked", "leaving"):
+            return Seen(outcome=outcome)
+        resource = self.cloud.get(record.zone, record.resource)
+        heard = None
+        if resource is not None and resource.state is State.ACTIVE:
+            found = self.objects.get(record.places.status(record.attempt))
+            heard = float(json.loads(found.data)["at"]) if found else None
+        refused = self._refused.pop(record.resource, None)
+        return Seen(
+            resource=resource,
+            refusal=refused.reason if refused else None,
+            detail=refused.detail if refused else "",
+            outcome=outcome,
+            heard=heard,
+        )
+
+    def _save(self, saved: Saved, step: Step) -> None:
+        if step.record == saved.record:
+            return
+        records.save(self.objects, step.record, generation=saved.generation)
+        for event in step.record.events[-1:] if step.record.events != saved.record.events else ():
+            self.say(event.text)
+
+    def _act(self, step: Step) -> None:
+        record, action = step.record, step.action
+        try:
+            match action:
+                case Create():
+                    self._sweep(record)
+                    self.cloud.create(request(record, boot=self.boot, now=self.clock()))
+                case Delete():
+                    self.cloud.delete(record.zone, record.resource)
+                case Conclude():
+                    ended = Outcome(kind=action.kind, detail=action.detail, at=self.clock())
+                    records.conclude(self.objects, record, ended)
+                case _:
+                    pass
+        except Refused as refused:
+            self.say(f"{record.resource}: {refused}")
+            self._refused[record.resource] = refused
+            if not isinstance(action, Create):
+                self.sleep(POLL)
+
+    def _sweep(self, record: Record) -> bool:
+        """Deletes what earlier attempts of this run left, and says whether nothing was.
+
+        There is such a thing if a launcher slept between writing the record and asking, while another one went on.
+        """
+        clean = True
+        for zone in dict.fromkeys(record.job.zones):
+            try:
+                for resource in self._strays(record, zone):
+                    clean = False
+                    if resource.state is not State.DELETING:
+                        self.say(f"deleting {resource.name} in {zone}, which an earlier attempt left")
+                        self.cloud.delete(zone, resource.name)
+            except Refused as refused:
+                self.say(f"{zone}: {refused}")
+                clean = False
+        return clean
+
+    def _strays(self, record: Record, zone: str) -> list[Resource]:
+        ours = record.places.resource(0).removesuffix("0")
+        found = {each: each.name.removeprefix(ours) for each in self.cloud.list(zone) if each.name.startswith(ours)}
+        # A later attempt is none of ours to judge: this launcher may be the one that slept.
+        past = record.attempt + (record.phase == "over")
+        return [each for each, number in found.items() if number.isdecimal() and int(number) < past]
+
+
+def request(record: Record, *, boot: str, now: float) -> Request:
+    """What the cloud is asked for in this attempt."""
+    job = record.job
+    # Bounds the wait only; what runs is ended by the agent and the launcher.
+    valid = max(record.deadline - now, 60.0)
+    metadata = {
+        "startup-script": boot,
+        "qwq-jax-agent": f"{job.bucket.removeprefix('gs://')}/{record.staged.agent}",
+        "qwq-jax-agent-sha256": record.staged.agent_sha256,
+        "qwq-jax-job": assignment(record).to_json(),
+    }
+    return Request(
+        name=record.resource,
+        zone=record.zone,
+        accelerator_type=job.slice.accelerator_type,
+        runtime=job.runtime_version or job.slice.runtime,
+        slices=job.slices,
+        provisioning=job.provisioning,
+        valid_seconds=int(valid),
+        metadata=metadata,
+        labels={"qwq-jax-job": job.name},
+        reservation=job.reservation,
+        service_account=job.service_account,
+        network=job.network,
+        subnetwork=job.subnetwork,
+        external_ips=job.external_ips,
+    )
+
+
+def assignment(record: Record) -> Assignment:
+    """What the VMs of this attempt are told."""
+    job, staged, places = record.job, record.staged, record.places
+    distributed = job.verb in DISTRIBUTED and job.hosts > 1
+    return Assignment(
+        project=job.project,
+        zone=record.zone,
+        resource="" if job.vm else record.resource,
+        bucket=job.bucket.removeprefix("gs://"),
+        record=names.record(job.name),
+        run=places.run,
+        uid=record.uid,
+        attempt=record.attempt,
+        deadline=record.deadline,
+        idle_seconds=job.idle_minutes * 60,
+        failures=job.failures,
+        preemptions=job.preemptions,
+        command=[job.verb, *job.arguments, *(["--distributed"] if distributed else [])],
+        distributed=distributed,
+        agent=staged.agent,
+        wheel=staged.wheel,
+        lock=staged.lock,
+        files=staged.files,
+        results=list(job.results),
+        environment=job.environment,
+        apt_packages=list(job.apt_packages),
+        compile_cache=names.compile_cache(job.bucket, job.slice.accelerator_type),
+        cpu=job.slice.generation == "cpu",
+    )
+
+
+@dataclass(frozen=True)
+class ExistingVm:
+    """A TPU VM that is its owner's, in the place of a queued resource: started by ssh, and never deleted.
+
+    Objects beside those of the attempt say that its agents were started, and that they are to be taken for gone.
+    """
+
+    vm: str
+    gcloud: GcloudCloud
+    objects: Objects
+    record: Callable[[], Record]
+
+    def get(self, zone: str, name: str) -> Resource | None:
+        """Whether this attempt runs on the VM."""
+        place = self.record().places.attempt(self.record().attempt)
+        if self.objects.get(f"{place}/vm-started") is None or self.objects.get(f"{place}/vm-left") is not None:
+            return None
+        word = self.gcloud.node_state(zone, self.vm) or "DELETED"
+        return Resource(name, zone, State.ACTIVE if word == "READY" else State.LOST, word)
+
+    def list(self, zone: str) -> list[Resource]:
+        """None that could be left over."""
+        return []
+
+    def create(self, request: Request) -> None:
+        """Runs the start script on all workers; where an agent runs already the second one ends."""
+        given = {
+            "QWQ_JAX_AGENT": request.metadata["qwq-jax-agent"],
+            "QWQ_JAX_AGENT_SHA256": request.metadata["qwq-jax-agent-sha256"],
+            "QWQ_JAX_JOB": request.metadata["qwq-jax-job"],
+        }
+        exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in given.items())
+        # One word: gcloud, ssh and two shells pass it on, and each of them splits and quotes in its own way.
+        script = base64.b64encode((exports + request.metadata["startup-script"]).encode()).decode()
+        self.gcloud.ssh(request.zone, self.vm, f"echo {script} | base64 -d | sudo bash")
+        self._mark("vm-started")
+
+    def delete(self, zone: str, name: str) -> None:
+        """Takes the attempt for gone; its agents see the record or the outcome, and stop."""
+        self._mark("vm-left")
+
+    def _mark(self, name: str) -> None:
+        record = self.record()
+        self.objects.put(f"{record.places.attempt(record.attempt)}/{name}", b"")

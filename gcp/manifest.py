@@ -1,0 +1,153 @@
+"""A job as a JobSet for GKE, which does there what the launcher and the agent do on TPU VMs.
+
+Restarts follow from two rules. A container that exits with 42, or of a signal, fails its Job in the ordinary way
+(`BackoffLimitExceeded`), and the JobSet starts all Jobs again. Any other failure fails the Job by its pod failure
+policy (`PodFailurePolicy`), and that ends the JobSet.
+"""
+
+import hashlib
+from typing import Any
+
+import yaml
+
+from gcp import names
+from gcp.job import DISTRIBUTED, JobSpec
+
+# Kubernetes keeps a ConfigMap within 1 MiB.
+_MOST_BYTES = 1_000_000
+_GRACE_SECONDS = 120
+_DIRECTORY = "/job"
+# What a container exits with after a signal, and "interrupted, everything is saved".
+RESTARTED = (42, *range(128, 256))
+
+
+def jobset(
+    job: JobSpec, *, image: str, files: dict[str, bytes], queue: str | None, namespace: str
+) -> list[dict[str, Any]]:
+    """Writes the objects to apply: a ConfigMap if the job has files, and the JobSet.
+
+    Args:
+        job: As described; its zones, budgets for failures and idle limit are the cluster's affair here.
+        image: With ``qwq-jax`` in it.
+        files: Contents of the job's files.
+        queue: Kueue's LocalQueue; Kueue then decides when the JobSet starts.
+        namespace: Of the objects.
+
+    Raises:
+        ValueError: The job needs what a manifest cannot give.
+    """
+    if job.vm:
+        raise ValueError("vm: a manifest is for GKE, which makes its own nodes")
+    if job.results:
+        raise ValueError("results: nothing mirrors files on GKE; give the outputs as gs:// addresses")
+    objects = []
+    volume = None
+    if files:
+        config_map, volume = _files(job, files, namespace)
+        objects.append(config_map)
+    metadata: dict[str, Any] = {"name": job.name, "namespace": namespace, "labels": {"app": "qwq-jax"}}
+    if queue is not None:
+        metadata["labels"]["kueue.x-k8s.io/queue-name"] = queue
+    if job.slices > 1:
+        # One slice, one node pool: two Jobs must not share one.
+        metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+    spec = {
+        "failurePolicy": {
+            "maxRestarts": job.preemptions,
+            "rules": [
+                {"name": "failed", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]},
+                {"name": "deadline", "action": "FailJobSet", "onJobFailureReasons": ["DeadlineExceeded"]},
+            ],
+        },
+        "replicatedJobs": [{"name": "slice", "replicas": job.slices, "template": {"spec": _job(job, image, volume)}}],
+    }
+    objects.append({"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": metadata, "spec": spec})
+    return objects
+
+
+def to_yaml(objects: list[dict[str, Any]]) -> str:
+    """As ``kubectl apply -f -`` reads it."""
+    return yaml.safe_dump_all(objects, sort_keys=False, width=120)
+
+
+def _job(job: JobSpec, image: str, volume: dict[str, Any] | None) -> dict[str, Any]:
+    return {
+        "parallelism": job.slice.hosts,
+        "completions": job.slice.hosts,
+        "completionMode": "Indexed",
+        # A pod alone cannot come back: its neighbours wait for it in a collective. The JobSet starts them all.
+        "backoffLimit": 0,
+        "activeDeadlineSeconds": round(job.deadline_hours * 3600),
+        "podFailurePolicy": {
+            "rules": [
+                {
+                    "action": "FailJob",
+                    "onExitCodes": {"containerName": "job", "operator": "NotIn", "values": list(RESTARTED)},
+                }
+            ]
+        },
+        "template": {"spec": _pod(job, image, volume)},
+    }
+
+
+def _pod(job: JobSpec, image: str, volume: dict[str, Any] | None) -> dict[str, Any]:
+    accelerator = job.slice.gke_accelerator
+    cache = names.compile_cache(job.bucket, f"{job.slice.generation}-{job.slice.shape_text}")
+    environment = {"JAX_COMPILATION_CACHE_DIR": cache, "PYTHONUNBUFFERED": "1", **job.environment}
+    distributed = ["--distributed"] if job.hosts > 1 and job.verb in DISTRIBUTED else []
+    container: dict[str, Any] = {
+        "name": "job",
+        "image": image,
+        "command": ["qwq-jax", job.verb, *job.arguments, *distributed],
+        "env": [{"name": name, "value": value} for name, value in environment.items()],
+        "resources": {
+            "requests": {"google.com/tpu": job.slice.chips_per_host},
+            "limits": {"google.com/tpu": job.slice.chips_per_host},
+        },
+    }
+    selector = {
+        "cloud.google.com/gke-tpu-accelerator": accelerator,
+        "cloud.google.com/gke-tpu-topology": job.slice.shape_text,
+    }
+    match job.provisioning:
+        case "spot":
+            selector["cloud.google.com/gke-spot"] = "true"
+        case "flex-start":
+            selector["cloud.google.com/gke-flex-start"] = "true"
+        case "reserved" if job.reservation:
+            selector["cloud.google.com/reservation-name"] = job.reservation.rpartition("/")[2]
+        case _:
+            pass
+    pod: dict[str, Any] = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": _GRACE_SECONDS,
+        "nodeSelector": selector,
+        "tolerations": [{"key": "google.com/tpu", "operator": "Exists", "effect": "NoSchedule"}],
+        "containers": [container],
+    }
+    if volume is not None:
+        container["workingDir"] = _DIRECTORY
+        container["volumeMounts"] = [{"name": "files", "mountPath": _DIRECTORY}]
+        pod["volumes"] = [volume]
+    return pod
+
+
+def _files(job: JobSpec, files: dict[str, bytes], namespace: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A ConfigMap, and the volume that lays its keys out as files; keys cannot hold slashes."""
+    if (size := sum(map(len, files.values()))) > _MOST_BYTES:
+        raise ValueError(f"files: {size} bytes do not fit into a ConfigMap; give large inputs as gs:// addresses")
+    try:
+        texts = {name: data.decode() for name, data in files.items()}
+    except UnicodeDecodeError:
+        raise ValueError("files: a ConfigMap holds text; give other inputs as gs:// addresses") from None
+    digest = hashlib.sha256(repr(sorted(texts.items())).encode()).hexdigest()[:8]
+    name = f"{job.name}-{digest}"
+    keys = {path: f"file-{index}" for index, path in enumerate(texts)}
+    config_map = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": name, "namespace": namespace},
+        "data": {keys[path]: text for path, text in texts.items()},
+    }
+    items = [{"key": key, "path": path} for path, key in keys.items()]
+    return config_map, {"name": "files", "configMap": {"name": name, "items": items}}

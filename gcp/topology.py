@@ -1,0 +1,134 @@
+"""What Cloud TPU and GKE call a topology such as ``v5e:4x4``, and how many hosts it has. The only such table."""
+
+import math
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One kind of TPU, as Google's two products name it.
+
+    Attributes:
+        accelerator: Prefix of the accelerator type of a TPU VM; None where only GKE has it.
+        cores_per_chip: The number in the accelerator type counts cores, which for some generations are chips.
+        runtime: The image of a TPU VM.
+        dimensions: How many numbers a topology has.
+        host_chips: Chips of one host of a slice of several hosts.
+        single_host: Chip counts that one host can hold alone.
+        gke_accelerator: The node label of GKE.
+        gke_machine: Machine type, with the chips of a host to be filled in.
+    """
+
+    accelerator: str | None
+    cores_per_chip: int
+    runtime: str
+    dimensions: int
+    host_chips: int
+    single_host: tuple[int, ...]
+    gke_accelerator: str
+    gke_machine: str
+
+
+GENERATIONS = {
+    "v4": Generation("v4", 2, "tpu-ubuntu2204-base", 3, 4, (4,), "tpu-v4-podslice", "ct4p-hightpu-{}t"),
+    "v5e": Generation(
+        "v5litepod", 1, "v2-alpha-tpuv5-lite", 2, 4, (1, 4, 8), "tpu-v5-lite-podslice", "ct5lp-hightpu-{}t"
+    ),
+    "v5p": Generation("v5p", 2, "v2-alpha-tpuv5", 3, 4, (4,), "tpu-v5p-slice", "ct5p-hightpu-{}t"),
+    "v6e": Generation("v6e", 1, "v2-alpha-tpuv6e", 2, 4, (1, 4, 8), "tpu-v6e-slice", "ct6e-standard-{}t"),
+    "7x": Generation(None, 2, "", 3, 4, (4,), "tpu7x", "tpu7x-standard-{}t"),
+    # Workers without a TPU, to try a job out: cpu:4 is four of them.
+    "cpu": Generation("cpu", 1, "tpu-ubuntu2204-base", 1, 1, (1,), "", ""),
+}
+
+
+@dataclass(frozen=True)
+class Topology:
+    """A slice.
+
+    Example:
+        >>> Topology.parse("v5e:4x4").accelerator_type
+        'v5litepod-16'
+        >>> Topology.parse("v5p:4x4x4").hosts
+        16
+    """
+
+    generation: str
+    shape: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Topology":
+        """Reads ``GENERATION:AxB`` or ``GENERATION:AxBxC``.
+
+        Raises:
+            ValueError: It is none, with what was expected.
+        """
+        generation, separator, shape = text.partition(":")
+        known = GENERATIONS.get(generation)
+        if not separator or known is None:
+            raise ValueError(f"topology {text!r}: expected GENERATION:SHAPE with one of {', '.join(GENERATIONS)}")
+        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) or shape.count("x") + 1 != known.dimensions:
+            example = "x".join(["4"] * known.dimensions)
+            raise ValueError(f"topology {text!r}: {generation} has shapes such as {generation}:{example}")
+        topology = cls(generation, tuple(int(number) for number in shape.split("x")))
+        if topology.chips not in known.single_host and topology.chips % known.host_chips:
+            raise ValueError(f"topology {text!r}: {topology.chips} chips do not fill hosts of {known.host_chips}")
+        return topology
+
+    def __str__(self) -> str:
+        return f"{self.generation}:{self.shape_text}"
+
+    @property
+    def shape_text(self) -> str:
+        """``4x4``."""
+        return "x".join(map(str, self.shape))
+
+    @property
+    def chips(self) -> int:
+        """All chips of the slice."""
+        return math.prod(self.shape)
+
+    @property
+    def chips_per_host(self) -> int:
+        """Chips that one VM sees."""
+        known = GENERATIONS[self.generation]
+        return self.chips if self.chips in known.single_host else known.host_chips
+
+    @property
+    def hosts(self) -> int:
+        """VMs of the slice."""
+        return self.chips // self.chips_per_host
+
+    @property
+    def accelerator_type(self) -> str:
+        """Cloud TPU's name of the slice.
+
+        Raises:
+            ValueError: TPU VMs do not offer it.
+        """
+        known = GENERATIONS[self.generation]
+        if known.accelerator is None:
+            raise ValueError(f"topology {self}: {self.generation} is offered through GKE only; use the verb manifest")
+        return f"{known.accelerator}-{self.chips * known.cores_per_chip}"
+
+    @property
+    def runtime(self) -> str:
+        """The image of its VMs."""
+        return GENERATIONS[self.generation].runtime
+
+    @property
+    def gke_accelerator(self) -> str:
+        """GKE's node label.
+
+        Raises:
+            ValueError: GKE has no such nodes.
+        """
+        if not (label := GENERATIONS[self.generation].gke_accelerator):
+            raise ValueError(f"topology {self}: GKE has no TPU nodes of this kind")
+        return label
+
+    @property
+    def gke_machine(self) -> str:
+        """GKE's machine type."""
+        return GENERATIONS[self.generation].gke_machine.format(self.chips_per_host)

@@ -1,0 +1,169 @@
+"""``python gcp/tpu.py``: its verbs in a dry run, the README's walk, and what it says when it cannot."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gcp import staging, tpu
+from gcp.logs import LogReader
+from gcp.price import Prices, cost
+from gcp.record import Interval
+from tests.gcp.memory import MemoryObjects, a_job, a_record
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "gcp" / "README.md").read_text(encoding="utf-8")
+WALK = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)[0].strip().splitlines()
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A directory with the repository's configurations and a file of prompts."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "What is 47 + 85?"}\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(staging, "build_wheel", lambda: ("qwq_jax-0-py3-none-any.whl", b"wheel"))
+    return tmp_path
+
+
+def test_the_walk_is_short():
+    assert len(WALK) < 10
+
+
+@pytest.mark.parametrize("line", [line for line in WALK if "tpu.py" in line])
+def test_the_walks_own_commands(place, capsys, line):
+    words = shlex.split(line)
+    assert words[:2] == [".venv/bin/python", "gcp/tpu.py"]
+    assert tpu.main([*words[2:], "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    for request in ("PUT qwq_jax/content/", "if generation is 0", "POST https://tpu.googleapis.com/v2/", "?force=true"):
+        assert request in said
+    assert said.index("PUT qwq_jax/jobs/") < said.index("POST https://"), "written down before it is asked for"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("gcloud") is None, reason="no gcloud here")
+def test_the_walks_gcloud_commands(tmp_path):
+    """By gcloud's own check of command lines."""
+    lines = [line for line in WALK if line.startswith("gcloud ")]
+    assert lines
+    for line in [*lines, "gcloud storage buckets create gs://x --lokation=y"]:
+        lint = ["gcloud", "meta", "lint-gcloud-commands", f"--command-string={line}"]
+        environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "CLOUDSDK_CONFIG": str(tmp_path)}
+        done = subprocess.run(lint, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        fine = '"success": true' in done.stdout
+        assert fine == (line in lines), f"{line}: {done.stdout} {done.stderr}"
+
+
+def test_the_walks_other_commands():
+    (make, pip) = [line for line in WALK if "tpu.py" not in line and not line.startswith("gcloud ")]
+    assert make == "make install" and "\ninstall:" in (ROOT / "Makefile").read_text()
+    assert pip == ".venv/bin/python -m pip install -e '.[gcp]'"
+
+
+def test_the_results_lie_where_the_walk_fetches_them():
+    (copy,) = [line for line in WALK if "storage cp" in line]
+    (pattern,) = re.findall(r"gs://my-bucket/(\S+?)'", copy)
+    record = a_record(a_job(name="qwq-generate"))
+    assert re.fullmatch(pattern.replace("*", "[^/]+"), f"{record.places.results}/answers.jsonl")
+
+
+@pytest.mark.parametrize("verb", ["watch", "status", "logs", "cancel", "cost"])
+@pytest.mark.parametrize("client", ["rest", "gcloud"])
+def test_every_verb_can_be_rehearsed(place, capsys, verb, client):
+    chosen = ["--client", client] if verb in ("watch", "status", "cancel") else []
+    assert tpu.main([verb, "configs/gcp/generate_v6e.toml", *chosen, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "GET qwq_jax/jobs/qwq-generate/record.json" in said
+    if verb in ("watch", "cancel"):
+        assert ("?force=true" if client == "rest" else "queued-resources delete qwq-generate-000000-1") in said
+
+
+def test_a_rehearsal_by_gcloud_prints_its_command_line(place, capsys):
+    arguments = ["--client", "gcloud", "--set", "provisioning=flex-start", "--dry-run"]
+    assert tpu.main(["submit", "configs/gcp/generate_v6e.toml", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert "queued-resources create qwq-generate-" in said and "--provisioning-model=flex-start" in said
+    assert '"--output", "answers.jsonl"' in said
+
+
+def test_a_vm_that_exists_is_never_deleted(place, capsys):
+    changes = ["--set", "vm=mine", "--set", 'zones=["us-east5-b"]']
+    assert tpu.main(["submit", "configs/gcp/generate_v6e.toml", *changes, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "tpu-vm ssh mine" in said and "delete" not in said
+
+
+def test_list(capsys):
+    assert tpu.main(["list", "gs://bucket", "--dry-run"]) == 0
+    assert "LIST qwq_jax/jobs/" in capsys.readouterr().out
+
+
+def test_manifest_and_xpk(place, capsys):
+    (place / "job.toml").write_text((ROOT / "configs/gcp/convert_qwq_32b.toml").read_text())
+    assert tpu.main(["manifest", "job.toml", "--image", "i"]) == 0
+    assert "kind: JobSet" in capsys.readouterr().out
+    assert tpu.main(["xpk", "job.toml", "--image", "i", "--cluster", "c"]) == 0
+    assert capsys.readouterr().out.startswith("xpk workload create")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["submit", "none.toml"], "none.toml: cannot be read"),
+        (["submit", "configs/gcp/generate_v6e.toml", "--set", "zone=a"], "zone: unknown key, did you mean zones?"),
+        (["submit", "configs/gcp/rl_v5p.toml"], "files: data/math_train.jsonl cannot be read"),
+        (["submit", "configs/gcp/generate_v6e.toml", "--set", "topology=7x:2x2x1"], "offered through GKE only"),
+        (["submit", "configs/gcp/generate_v6e.toml", "--set", "provisioning=flex-start"], "use --client gcloud"),
+        (["list", "bucket"], "expected gs://BUCKET"),
+        (["manifest", "configs/gcp/generate_v6e.toml", "--image", "i"], "results: nothing mirrors files on GKE"),
+        (["submitt"], "submitt"),
+    ],
+)
+def test_bad_input_is_one_sentence(place, capsys, arguments, sentence):
+    dry = ["--dry-run"] if arguments[0] == "submit" else []
+    assert tpu.main([*arguments, *dry]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert sentence in line
+
+
+def test_run_by_its_path_it_needs_no_jax(tmp_path):
+    """From anywhere; --help of every verb names an example."""
+    script = f"""
+import runpy, sys
+sys.argv, sys.path[0] = ["tpu.py", "--help"], {str(ROOT / "gcp")!r}
+try:
+    runpy.run_path({str(ROOT / "gcp" / "tpu.py")!r}, run_name="__main__")
+except SystemExit as end:
+    assert end.code == 0
+assert "jax" not in sys.modules and "gcp.driver" in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for verb in ("submit", "watch", "status", "list", "logs", "cancel", "cost", "manifest", "xpk"):
+        assert verb in done.stdout
+
+
+def test_cost():
+    record = a_record(a_job(topology="v5e:4x4", slices=2)).changed(
+        intervals=(Interval(attempt=1, zone="a", begin=0.0, end=1800.0), Interval(attempt=2, zone="a", begin=3600.0))
+    )
+    told = cost(record, Prices(), now=7200.0)
+    assert told.chip_hours == 48.0 and 'fill in chip_hour."v5e.spot"' in str(told)
+    assert "= 24.00 EUR" in str(cost(record, Prices(currency="EUR", chip_hour={"v5e.spot": 0.5}), now=7200.0))
+
+
+def test_logs_come_once_and_in_whole_lines():
+    objects, record = MemoryObjects(), a_record()
+    place = f"{record.places.logs}/0001-0002-000000.log"
+    objects.put(place, b"one\ntw")
+    reader = LogReader(objects, record)
+    assert list(reader.new_lines()) == ["[1.2] one"]
+    objects.put(place, b"one\ntwo\nthr")
+    assert list(reader.new_lines()) == ["[1.2] two"]
+    assert list(reader.new_lines()) == [] and list(reader.rest()) == ["[1.2] thr"]
+    assert list(LogReader(objects, record, worker=1).new_lines()) == []

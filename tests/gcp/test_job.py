@@ -1,0 +1,117 @@
+"""Job files: those that ship, and what is wrong with others, in a sentence."""
+
+from pathlib import Path
+
+import pytest
+
+from gcp import submission
+from gcp.job import JobSpec
+from gcp.topology import Topology
+from qwq_jax.config.load import load_toml
+from tests.gcp.memory import MemoryObjects, a_job
+
+ROOT = Path(__file__).parents[2]
+JOBS = sorted((ROOT / "configs" / "gcp").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_the_jobs_that_ship(path):
+    job = load_toml(path, JobSpec)
+    assert job.slice.accelerator_type
+    for name in job.files:
+        if name.startswith("configs/"):
+            assert (ROOT / name).exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "accelerator", "hosts", "chips_per_host"),
+    [
+        ("v4:2x2x4", "v4-32", 4, 4),
+        ("v5e:1x1", "v5litepod-1", 1, 1),
+        ("v5e:2x4", "v5litepod-8", 1, 8),
+        ("v5e:4x4", "v5litepod-16", 4, 4),
+        ("v5p:4x4x4", "v5p-128", 16, 4),
+        ("v6e:2x4", "v6e-8", 1, 8),
+        ("v6e:16x16", "v6e-256", 64, 4),
+        ("cpu:4", "cpu-4", 4, 1),
+    ],
+)
+def test_topologies(text, accelerator, hosts, chips_per_host):
+    topology = Topology.parse(text)
+    assert (topology.accelerator_type, topology.hosts, topology.chips_per_host) == (accelerator, hosts, chips_per_host)
+    assert str(topology) == text
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"name": "Job"}, "name 'Job': expected at most 40 lower-case"),
+        ({"name": "x" * 41}, "expected at most 40"),
+        ({"bucket": "bucket"}, "bucket 'bucket': expected gs://BUCKET"),
+        ({"bucket": "gs://bucket/dir"}, "without a directory"),
+        ({"topology": "v9:2x2"}, "expected GENERATION:SHAPE with one of v4, v5e"),
+        ({"topology": "v5e:2x2x2"}, "v5e has shapes such as v5e:4x4"),
+        ({"topology": "v5e:3x3"}, "9 chips do not fill hosts of 4"),
+        ({"zones": ()}, "zones"),
+        ({"verb": "convert", "topology": "v5e:4x4"}, "verb convert runs on one host"),
+        ({"verb": "demo"}, "verb: expected"),
+        ({"files": ("/etc/passwd",)}, "'/etc/passwd' is not a relative path"),
+        ({"results": ("../x",)}, "'../x' is not a relative path"),
+        ({"arguments": ("--distributed",)}, "leave it out"),
+        ({"deadline_hours": 0.0}, "deadline_hours"),
+        ({"reservation": "r"}, "only with provisioning"),
+        ({"vm": "v"}, "one slice and one zone"),
+        ({"zone": "a"}, "zone: unknown key"),
+    ],
+)
+def test_bad_jobs(changes, sentence, tmp_path):
+    values = a_job().model_dump(mode="json", exclude_none=True, exclude_defaults=True) | changes
+    lines = [f"{key} = {str(list(v)) if isinstance(v, list | tuple) else repr(v)}" for key, v in values.items()]
+    (tmp_path / "job.toml").write_text("\n".join(lines))
+    with pytest.raises(ValueError) as caught:
+        load_toml(tmp_path / "job.toml", JobSpec)
+    assert sentence in str(caught.value) and "job.toml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+class TestCheck:
+    """What a job would refuse after an hour in the queue is refused on the laptop."""
+
+    def test_a_missing_file(self, tmp_path):
+        with pytest.raises(ValueError, match="files: prompts.jsonl cannot be read: No such file"):
+            submission.check(a_job(files=("prompts.jsonl",)), tmp_path)
+
+    def test_the_job_s_own_configuration(self, tmp_path):
+        (tmp_path / "x.toml").write_text("stepps = 1\n")
+        with pytest.raises(ValueError, match=r"x.toml.*stepps: unknown key"):
+            submission.check(a_job(verb="rl", arguments=("x.toml",), files=("x.toml",)), tmp_path)
+
+    def test_no_configuration(self, tmp_path):
+        with pytest.raises(ValueError, match="sft needs its TOML file"):
+            submission.check(a_job(verb="sft"), tmp_path)
+
+    def test_a_file_that_is_not_listed(self, tmp_path):
+        with pytest.raises(ValueError, match="has to be listed"):
+            submission.check(a_job(arguments=("--rewards", "x.toml")), tmp_path)
+
+
+def test_submitting_twice_and_differently():
+    objects = MemoryObjects()
+    built = []
+
+    def build() -> tuple[str, bytes]:
+        built.append(1)
+        return "w.whl", b"w"
+
+    def submit(job: JobSpec, files: dict[str, bytes], **options: object):
+        return submission.submit(objects, job, files, build=build, owner="me", now=1.0, **options)
+
+    job = a_job(files=("x",))
+    first = submit(job, {"x": b"1"})
+    assert submit(job, {"x": b"1"}) == first and built == [1]
+    with pytest.raises(ValueError, match="job job runs with another slices"):
+        submit(a_job(files=("x",), slices=2), {"x": b"1"})
+    with pytest.raises(ValueError, match="runs with another x"):
+        submit(job, {"x": b"2"})
+    with pytest.raises(ValueError, match="runs with another x"):
+        submit(job, {"x": b"2"}, again=True)
