@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwq_jax.config.mesh import MeshConfig
 from qwq_jax.model.spec import model_spec
-from qwq_jax.sharding import decode_layout, make_mesh, rearranged, train_layout
+from qwq_jax.sharding import decode_layout, make_mesh, rearranged, train_layout, zigzag
 
 
 def test_specs_of_a_weight():
@@ -67,6 +67,19 @@ def test_several_processes_must_use_every_device():
         make_mesh(MeshConfig(tensor=2), of_two_hosts)
     # Those of one process may be used in part.
     assert make_mesh(MeshConfig(tensor=2), jax.devices()).devices.size == 2
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4, 16])
+def test_every_device_has_as_much_attention_to_do(parts):
+    order = zigzag(3840, parts)
+    assert sorted(order) == list(range(3840))
+    visible = [int((share + 1).sum()) for share in np.split(order, parts)]
+    assert max(visible) <= 1.05 * np.mean(visible), "query t sees t + 1 keys"
+
+
+def test_a_row_that_cannot_be_dealt_is_refused():
+    with pytest.raises(ValueError, match="a row of 12 tokens does not divide into 8 pieces, two for each of 4"):
+        zigzag(12, 4)
 
 
 @pytest.mark.filterwarnings("ignore")  # libtpu looks for the machine it is on, and says that there is none

@@ -25,6 +25,14 @@ class MeshConfig(Frozen):
         """Number of devices."""
         return self.data * self.fsdp * self.context * self.tensor
 
+    def check_row(self, name: str, tokens: int) -> None:
+        """Raises a ValueError if `context` devices cannot share a row of so many tokens, which `name` decides."""
+        if self.context > 1 and tokens % (2 * self.context):
+            raise ValueError(
+                f"{name} {tokens} does not divide by {2 * self.context}: mesh.context {self.context} deals each device "
+                "two pieces of a row"
+            )
+
     def share_of_process(self, processes: int, local_devices: int) -> "MeshConfig | None":
         """The mesh of one process, if each of several can hold replicas of the model of its own; None if not.
 

@@ -182,6 +182,7 @@ class RlConfig(Frozen):
                 f"rows_per_micro_batch {self.rows_per_micro_batch} does not divide into mesh.data {self.mesh.data} x "
                 f"mesh.fsdp {self.mesh.fsdp}"
             )
+        self.mesh.check_row("row_length (rollout.max_prompt_tokens + rollout.max_tokens)", self.row_length or longest)
         if self.decode_mesh is not None and _devices(self.decode_mesh) != _devices(self.mesh):
             raise ValueError(
                 f"decode_mesh has {_devices(self.decode_mesh)} devices, mesh {_devices(self.mesh)}: it must arrange "
@@ -259,4 +260,4 @@ class RlConfig(Frozen):
 
 
 def _devices(mesh: MeshConfig) -> int:
-    return mesh.data * mesh.fsdp * mesh.tensor
+    return mesh.size

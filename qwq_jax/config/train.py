@@ -109,6 +109,7 @@ class SftConfig(Frozen):
                 f"rows_per_step {self.rows_per_step} does not divide into accumulation {self.accumulation} x "
                 f"mesh.data {self.mesh.data} x mesh.fsdp {self.mesh.fsdp}"
             )
+        self.mesh.check_row("sequence_length", self.sequence_length)
         if self.final == "best" and not self.eval_files:
             raise ValueError("final 'best' needs eval_files to tell which weights are the best")
         if self.stop_after is not None and self.stop_after > self.steps:

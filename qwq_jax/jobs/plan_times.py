@@ -103,7 +103,7 @@ def _tokens_of_micro_batch(job: Job) -> float:
         rows = job.config.rows_per_step // job.config.accumulation
     else:
         rows = job.config.rows_per_micro_batch
-    return rows * job.row_length / (mesh.data * mesh.fsdp)
+    return rows * job.row_length / (mesh.data * mesh.fsdp * mesh.context)
 
 
 def _mean_context(job: Job) -> float:

@@ -66,6 +66,7 @@ def test_the_last_override_wins(run_toml):
         ("optimizer.learning_rate=nan", "optimizer.learning_rate: expected a finite number, got nan"),
         ("mesh=3", "mesh: expected a table of MeshConfig, got 3"),
         ("init=maybe", "init: expected 'pretrained' or 'random', got 'maybe'"),
+        ("mesh.context=3", "sequence_length 4096 does not divide by 6: mesh.context 3 deals each device two pieces"),
         ("mesh.data=3", "rows_per_step 8 does not divide into accumulation 1 x mesh.data 3 x mesh.fsdp 1"),
         ("optimizer.warmup_steps=10", "optimizer.warmup_steps 10 is not below steps 10"),
         ("model=preset.toml", "model preset.toml is a preset without weights, so init must be 'random'"),

@@ -38,6 +38,10 @@ def test_an_empty_table_is_enough():
         ({"dpo": {}, "model": "a.toml"}, "is a preset without weights"),
         ({"dpo": {}, "tokenizer": "gs://b/t"}, "tokenizer: gs://b/t is not local"),
         (
+            {"dpo": {}, "mesh": {"context": 2}},
+            "mesh.context 2: pairs are told apart by their order in a row; use fsdp",
+        ),
+        (
             {"dpo": {}, "rows_per_step": 8, "mesh": {"data": 16}},
             "rows_per_step 8 does not divide into accumulation 1 x",
         ),

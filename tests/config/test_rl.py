@@ -81,6 +81,9 @@ NONSENSE = {
     "rollout.prompts_per_step 64 does not divide into updates_per_step 3": {"updates_per_step": 3},
     "row_length 64 is less than rollout.max_prompt_tokens + rollout.max_tokens = 5120": {"row_length": 64},
     "rows_per_micro_batch 8 does not divide into mesh.data 3 x mesh.fsdp 2": {"mesh": {"data": 3, "fsdp": 2}},
+    "row_length (rollout.max_prompt_tokens + rollout.max_tokens) 5120 does not divide by 6: mesh.context 3": {
+        "mesh": {"context": 3}
+    },
     "decode_mesh has 4 devices, mesh 1: it must arrange the same ones": {"decode_mesh": {"tensor": 4}},
     "curriculum.least_difficulty is above curriculum.most_difficulty": {
         "curriculum": {"least_difficulty": 0.9, "most_difficulty": 0.1}

@@ -213,3 +213,23 @@ def test_a_real_compiler_agrees_with_the_arithmetic(tmp_path: Path) -> None:
     assert decode["hbm_bytes"] == pytest.approx(2 * products / 8 + cache, rel=0.1)
     reduced = [each for each in decode["collectives"] if each["bytes"] == 64 * 5120 * 2]
     assert sum(each["count"] for each in reduced) == 2 * 2 + 1 and {each["axes"] for each in reduced} == {"tensor"}
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("topology", "mesh"),
+    [("v5e:2x4", {"context": 2, "tensor": 4}), ("2*v6e:2x2", {"data": 2, "fsdp": 2, "tensor": 2})],
+)
+def test_training_over_tokens_and_over_slices_compiles(topology: str, mesh: dict[str, int], tmp_path: Path) -> None:
+    pytest.importorskip("libtpu", reason="the TPU compiler runs on Linux only")
+    small = tmp_path / "two_layers.toml"
+    small.write_text(Path(QWQ).read_text().replace("num_layers = 64", "num_layers = 2"))
+    words = [f"mesh.{axis}={mesh.get(axis, 1)}" for axis in ("data", "fsdp", "context", "tensor")]
+    words += ["sequence_length=2048", "rows_per_step=2", "accumulation=1", "optimizer.warmup_steps=1"]
+    settings = [part for word in words for part in ("--set", word)]
+    config = ("configs/sft/qwq_32b_sft.toml", "--model", str(small), "--topology", topology)
+    assert run(*config, "--output", str(tmp_path), *settings) == 0
+    plan = json.loads((tmp_path / "plan.json").read_text())["topologies"][0]
+    used = {axis for each in plan["programs"]["step"]["collectives"] for axis in each["axes"].split(" x ")}
+    assert {axis for axis, size in mesh.items() if size > 1} <= used

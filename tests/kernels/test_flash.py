@@ -14,7 +14,8 @@ from jax.experimental.pallas import tpu as pltpu
 from qwq_jax.kernels.attention import attention
 from qwq_jax.kernels.attention.flash import Sizes
 from qwq_jax.kernels.attention.flash_vjp import Options, flash_attention
-from qwq_jax.kernels.attention.steps import FIRST, FULL, LAST, is_mixed, plan_steps, whole_chunks
+from qwq_jax.kernels.attention.steps import FIRST, FULL, LAST, PADDING, Deal, is_mixed, plan_steps, whole_chunks
+from qwq_jax.sharding import zigzag
 
 # float32 sums of some hundred terms of size 1; gradients sum as many again.
 OUT, GRADIENT = 3e-6, 5e-5
@@ -136,6 +137,47 @@ def test_logarithm_of_the_denominator_and_its_gradient(rng):
     gradients = [jax.grad(lambda q, k, f=f: jnp.sum(f(q, k) * weight), argnums=(0, 1))(q, k) for f in (kernel, plain)]
     for left, right in zip(*gradients, strict=True):
         np.testing.assert_allclose(left, right, atol=GRADIENT)
+
+
+@pytest.mark.parametrize("length", [512, slow(640)])
+def test_devices_that_share_a_row_add_up_to_it(rng, length):
+    """Each with its own queries; what memory held in the place of others' must reach nothing. 640 fills up no block."""
+    shards, options = 2, Options(0.1, SMALL, Sizes(128, 256, 128), interpret("on_wait"))
+    q, k, v, d_out = draw(rng, (1, length, 128), (2, 1))
+    segments = jnp.asarray(np.sort(rng.integers(0, 3, (1, length)), axis=1), jnp.int32)
+    out, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, segments, scale=options.scale), q, k, v)
+    dq, dk, dv = vjp(d_out)
+    totals = []
+    for own in np.split(zigzag(length, shards), shards):
+        mine = np.isin(np.arange(length), own)
+        ids = jnp.where(mine, segments, PADDING)
+        dealt = options._replace(deal=Deal(shards, length))
+        found, vjp = jax.vjp(lambda q, k, v, i=ids, o=dealt: flash_attention(q, k, v, segments, o, i)[0], q, k, v)
+        np.testing.assert_allclose(found[:, own], out[:, own], atol=OUT)
+        of_queries, *of_keys = vjp(jnp.where(mine[:, None, None], d_out, 0))
+        np.testing.assert_allclose(of_queries[:, own], dq[:, own], atol=GRADIENT)
+        totals.append(of_keys)
+    for left, right in zip(map(sum, zip(*totals, strict=True)), (dk, dv), strict=True):
+        np.testing.assert_allclose(left, right, atol=GRADIENT)
+    assert not races_found()
+
+
+@pytest.mark.parametrize("by_key", [False, True])
+@pytest.mark.parametrize("shards", [2, 4, 8])
+def test_devices_that_share_a_row_make_as_many_visits(shards, by_key):
+    """Of a row of 32,768 tokens, each within a twentieth of the mean, on a list no longer than the longest."""
+    length = 32_768
+    ids = jnp.zeros((1, length), jnp.int32)
+    visits, room = [], []
+    for own in np.split(zigzag(length, shards), shards):
+        wanted = jnp.where(np.isin(np.arange(length), own), ids, PADDING)
+        sizes = {"block_q": 512, "block_kv": 512, "chunk": 512, "by_key": by_key}
+        steps = plan_steps(length, ids, **sizes, query_ids=wanted, deal=Deal(shards, length))
+        visits.append(int((np.asarray(steps.bits) != 0).sum()))
+        room.append(steps.bits.shape[-1])
+    blocks = length // 512
+    assert sum(visits) == blocks * (blocks + 1) // 2, "together they are those of the whole row"
+    assert max(visits) <= 1.05 * np.mean(visits) and set(room) == {max(visits)}
 
 
 @functools.cache

@@ -130,10 +130,12 @@ MESHES = [
     pytest.param(MeshConfig(fsdp=8), marks=pytest.mark.slow),
     MeshConfig(tensor=8),
     MeshConfig(data=2, fsdp=2, tensor=2),
+    pytest.param(MeshConfig(context=8), marks=pytest.mark.slow),
+    MeshConfig(fsdp=2, context=2, tensor=2),
 ]
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"{m.data}x{m.fsdp}x{m.tensor}")
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"{m.data}x{m.fsdp}x{m.context}x{m.tensor}")
 def test_the_mesh_does_not_change_gradients(tiny_config, params, segments, single, mesh):
     assert_same(gradients(tiny_config, params, pack(segments), mesh=mesh, accumulation=2), single, REORDERED)
 
