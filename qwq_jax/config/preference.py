@@ -106,9 +106,7 @@ class PreferenceConfig(Frozen):
             if remote := next((path for path in paths if "://" in path), None):
                 raise ValueError(f"{name}: {remote} is not local, and only local files are read here; copy it first")
         if self.mesh.context > 1:
-            raise ValueError(
-                f"mesh.context {self.mesh.context}: pairs are told apart by their order in a row; use fsdp"
-            )
+            raise ValueError(f"mesh.context {self.mesh.context}: pairs are told by their order in a row; use mesh.fsdp")
         if self.rows_per_step % (self.accumulation * self.mesh.data * self.mesh.fsdp):
             raise ValueError(
                 f"rows_per_step {self.rows_per_step} does not divide into accumulation {self.accumulation} x "

@@ -43,7 +43,7 @@ def test_overrides_are_toml_or_bare_strings(run_toml):
         'output_dir="quoted"',
     ]
     config = load_toml(run_toml, SftConfig, overrides)
-    assert config.mesh.model_dump() == {"data": 2, "fsdp": 2, "tensor": 1}
+    assert config.mesh.model_dump() == {"data": 2, "fsdp": 2, "context": 1, "tensor": 1}
     assert config.optimizer.clip_norm == 2.0
     assert config.remat is False
     assert (config.model, config.output_dir) == ("/a/b c", "quoted")

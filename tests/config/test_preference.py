@@ -39,7 +39,7 @@ def test_an_empty_table_is_enough():
         ({"dpo": {}, "tokenizer": "gs://b/t"}, "tokenizer: gs://b/t is not local"),
         (
             {"dpo": {}, "mesh": {"context": 2}},
-            "mesh.context 2: pairs are told apart by their order in a row; use fsdp",
+            "mesh.context 2: pairs are told by their order in a row; use mesh.fsdp",
         ),
         (
             {"dpo": {}, "rows_per_step": 8, "mesh": {"data": 16}},
