@@ -20,6 +20,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_checkpoint(tmp_path_factory.mktemp("warm-up"))
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_when_requests_come(checkpoint: str) -> None:
     engine = Engine.from_checkpoint(checkpoint, mesh=MeshConfig(), config=ENGINE)
     said: list[tuple[int, int]] = []

@@ -85,6 +85,7 @@ def answered(output: Path) -> list[int]:
     return [result_number(line) for line in lines if line.endswith(b"\n")]
 
 
+@pytest.mark.slow
 def test_two_processes_with_replicas_of_their_own_share_the_lines(batch: Batch, tmp_path: Path) -> None:
     ends = batch.run(tmp_path / "out.jsonl", SPLIT)
     assert codes(ends) == [0, 0], ends
