@@ -21,7 +21,7 @@ from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.rl import RlConfig
 from qwq_jax.config.train import SftConfig
 from qwq_jax.jobs.plan_programs import Work, inference_work, rl_work, sft_work
-from qwq_jax.plan.chips import parse_topology
+from qwq_jax.plan.chips import Topology, parse_topology
 from qwq_jax.plan.cost import ProgramCost
 from qwq_jax.plan.hlo import collectives, decode_round, matrix_flops, moved_bytes, parse
 
@@ -47,14 +47,21 @@ def main() -> int:
 def answer_request(job: Mapping[str, Any], task: str, folder: Path) -> dict[str, Any]:
     """What a task asks of a job: ``device``, ``arrays``, or a program by name."""
     topology = parse_topology(job["topology"])
-    several = {"num_slices": topology.slices} if topology.slices > 1 else {}
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.slice_name, **several).devices
+    devices = described_devices(topology)
     if task == "device":
         return {"usable": usable_memory(devices)}
     work = describe_work(job, devices)
     if task == "arrays":
         return measure_arrays(work, devices)
     return measure_program(work, task, folder, live=job.get("live_tokens", 0))
+
+
+def described_devices(topology: Topology) -> Sequence[Any]:
+    """The devices of a slice, or of several, as JAX sees them there."""
+    words: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    if topology.chip.configuration is not None:
+        words["chip_config_name"] = topology.chip.configuration
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology.slice_name, **words).devices
 
 
 def describe_work(job: Mapping[str, Any], devices: Sequence[Any]) -> Work:

@@ -19,7 +19,8 @@ class Chip:
         axes: Axes of the torus.
         between_slices: Bytes a second out of a chip into the data-center network; None where nobody published it.
         devices: JAX devices a chip; the figures above are divided by it for one device.
-        chips_per_host: Chips of the usual virtual machine.
+        one_host: Chips of the largest slice that one virtual machine holds; those of larger ones have four.
+        configuration: What libtpu has to be told so that both cores are one device, as they are on Google Cloud.
         cache_dtype: The 8-bit type that its key-value cache is best kept in.
     """
 
@@ -31,7 +32,8 @@ class Chip:
     axes: int
     between_slices: float | None = None
     devices: int = 1
-    chips_per_host: int = 4
+    one_host: int = 4
+    configuration: str | None = None
     cache_dtype: str = "int8"
 
 
@@ -41,10 +43,10 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 1.23e12, 2.75e14, None, 9e10, 3, 6.25e9),
-        Chip("v5e", 8.2e11, 1.97e14, 3.94e14, 9e10, 2, 3.125e9, chips_per_host=8),
+        Chip("v4", 1.23e12, 2.75e14, None, 9e10, 3, 6.25e9, configuration="megacore"),
+        Chip("v5e", 8.2e11, 1.97e14, 3.94e14, 9e10, 2, 3.125e9, one_host=8),
         Chip("v5p", 2.77e12, 4.59e14, 9.18e14, 1.8e11, 3, 6.25e9),
-        Chip("v6e", 1.64e12, 9.2e14, 1.84e15, 1.8e11, 2, 12.5e9, chips_per_host=8),
+        Chip("v6e", 1.64e12, 9.2e14, 1.84e15, 1.8e11, 2, 12.5e9, one_host=8),
         Chip("tpu7x", 7.4e12, 2.31e15, None, 1.2e12 / 3, 3, devices=2, cache_dtype="float8_e4m3fn"),
     )
 }
@@ -112,8 +114,9 @@ class Topology:
 
     @property
     def hosts(self) -> int:
-        """Virtual machines; a slice that a single one can hold has one."""
-        return self.slices * -(-self.chips // self.slices // self.chip.chips_per_host)
+        """Virtual machines."""
+        of_slice = self.chips // self.slices
+        return self.slices * (1 if of_slice <= self.chip.one_host else -(-of_slice // 4))
 
 
 def parse_topology(name: str) -> Topology:

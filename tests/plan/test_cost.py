@@ -2,6 +2,7 @@
 
 import pytest
 
+from qwq_jax.jobs.plan_worker import described_devices
 from qwq_jax.plan.chips import CHIPS, USUAL_TOPOLOGIES, parse_topology
 from qwq_jax.plan.cost import ProgramCost, attention_flops, axes_of, exchange_seconds, least_seconds
 from qwq_jax.plan.hlo import Collective
@@ -15,7 +16,7 @@ def cost(**fields) -> ProgramCost:
 def test_topologies() -> None:
     topology = parse_topology("tpu7x:2x2x1")
     assert (topology.chips, topology.devices, topology.hosts) == (4, 8, 1)
-    assert parse_topology("v5e:4x4").hosts == 2
+    assert [parse_topology(name).hosts for name in ("v5e:2x4", "v5e:4x4", "v5p:4x4x4")] == [1, 4, 16]
     for name in USUAL_TOPOLOGIES:
         assert parse_topology(name).name == name
 
@@ -93,7 +94,7 @@ def test_a_side_that_is_no_ring_has_half_the_links() -> None:
 def test_slices_exchange_what_each_device_has() -> None:
     """Two slices of v5e:4x4, data 2 x fsdp 16: gradients are summed within a slice, then each part over the network."""
     topology = parse_topology("2*v5e:4x4")
-    assert (topology.chips, topology.hosts, topology.slice_name) == (32, 4, "v5e:4x4")
+    assert (topology.chips, topology.hosts, topology.slice_name) == (32, 8, "v5e:4x4")
     size, chip = 16 * 10**9, CHIPS["v5e"]
     across = exchange_seconds(Collective("all-reduce", 2, 16, size, 1), topology)
     assert across == pytest.approx(2 * size / 2 / chip.between_slices, rel=1e-3)
@@ -144,3 +145,12 @@ def test_phases_have_what_is_there_at_a_time() -> None:
 def test_pages_that_fit() -> None:
     empty = memory(engine={"weights": 200}, programs={"decode": cost(temporaries=10)}, phases=INFERENCE_PHASES)
     assert room_for_pages(empty, 100) == (1000 - 100 - 200 - 10) // 100
+
+
+@pytest.mark.filterwarnings("ignore")  # libtpu looks for the machine it is on, and says that there is none
+def test_slices_have_the_devices_that_a_compiler_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("libtpu", reason="the TPU compiler runs on Linux only")
+    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")):
+        monkeypatch.setenv(name, value)
+    for name in (*USUAL_TOPOLOGIES, "2*v5e:2x4"):
+        assert len(described_devices(parse_topology(name))) == parse_topology(name).devices, name
