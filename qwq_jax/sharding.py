@@ -217,7 +217,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         )
         return _mesh(np.asarray(devices[:needed]).reshape(shape))
     # Elsewhere the number means something else, such as which GPUs share a fast network.
-    slices = len({device.slice_index for device in devices if device.platform == "tpu"})
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
     if slices > 1:
         return _mesh_of_slices(shape, devices, slices)
     try:  # lets jax order the devices along the machine's network
