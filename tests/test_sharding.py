@@ -89,7 +89,7 @@ def test_only_data_goes_between_slices(monkeypatch):
         monkeypatch.setenv(name, value)
     devices = get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices)
-    assert mesh.devices.shape == (2, 2, 2)
+    assert mesh.devices.shape == (2, 2, 1, 2)
     assert [{device.slice_index for device in half.flat} for half in mesh.devices] == [{0}, {1}]
     with pytest.raises(ValueError, match="mesh.data=1: these devices are of 2 slices, .* multiple of 2"):
         make_mesh(MeshConfig(tensor=8), devices)
