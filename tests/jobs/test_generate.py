@@ -184,6 +184,7 @@ def test_what_is_answered_is_synced_after_every_step(
     assert calls.count(1) > 20, "also while nothing is appended"
 
 
+@pytest.mark.slow
 def test_log_probabilities_of_a_prompt_are_those_of_its_tokens_when_they_were_drawn(
     checkpoint: str, tmp_path: Path
 ) -> None:

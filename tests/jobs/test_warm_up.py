@@ -33,6 +33,7 @@ def test_nothing_is_compiled_when_requests_come(checkpoint: str) -> None:
     assert engine.runner.compiles == count
 
 
+@pytest.mark.slow
 def test_the_job_says_how_many_how_long_and_where(checkpoint: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "qwq_jax"):
         warm_up(checkpoint, engine=ENGINE, mesh=MeshConfig())

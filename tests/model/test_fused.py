@@ -10,7 +10,8 @@ from qwq_jax.model.attention import causal_attend
 from qwq_jax.model.params import bind, fuse_attention, random_params
 
 
-@pytest.mark.parametrize("bias", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bias", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_fused_attention_computes_the_same(bias: bool, tiny_config: ModelConfig, rng: np.random.Generator) -> None:
     config = tiny_config.model_copy(update={"qkv_bias": bias})
     drawn = random_params(config, jax.random.key(0))

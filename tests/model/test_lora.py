@@ -269,6 +269,7 @@ def test_no_gradient_of_a_frozen_kernel_is_ever_computed(tiny_config, base, pack
     assert not flipped & products(lora, adapters, base)
 
 
+@pytest.mark.slow
 def test_a_step_trains_adapters_and_leaves_the_model_alone(tiny_config, base, packed):
     lora = LORAS[0]
     layout = train_layout(make_mesh(MeshConfig(fsdp=2, tensor=2)))

@@ -223,6 +223,7 @@ def test_what_stands_in_the_padding_changes_nothing_at_all(params, segments):
     assert (plain[padding] != other[padding]).any()
 
 
+@pytest.mark.slow
 def test_completions_with_advantage_zero_have_no_gradient(params, segments):
     """Which is why they need not be computed where nothing else teaches."""
     silent = [

@@ -72,6 +72,7 @@ REPLIES = ((10, 20), (11, 21), (11, 22))
 ODDS = ((1, 3, 9), (9, 3, 1))
 
 
+@pytest.mark.slow
 def test_the_optimum_is_the_reference_tilted_by_the_reward():
     """Trained on preferences as Bradley-Terry has them, the policy becomes p_ref exp(r / beta) / Z.
 

@@ -75,7 +75,10 @@ REST = [case for case in itertools.product((1.0, 0.6), *[(False, True)] * 3) if 
 
 @pytest.mark.parametrize(
     ("temperature", "lora", "packed", "cache"),
-    [*HALF, *(pytest.param(*case, marks=[pytest.mark.slow, pytest.mark.exhaustive]) for case in REST)],
+    [
+        *(pytest.param(*case, marks=[pytest.mark.slow] if case[0] == 1.0 else []) for case in HALF),
+        *(pytest.param(*case, marks=[pytest.mark.slow, pytest.mark.exhaustive]) for case in REST),
+    ],
 )
 def test_the_trainer_says_what_the_engine_said(made, temperature, lora, packed, cache):
     run = made(cache=cache, **settings(temperature, lora, packed))

@@ -261,6 +261,7 @@ def test_the_gradient_is_that_of_each_pair_by_itself(checkpoint, exported, conve
 LETTERS, REPLY = 10, 6
 
 
+@pytest.mark.slow
 def test_a_linear_reward_is_recovered_from_noisy_preferences():
     """Each token of a reply is worth something, and the better reply is preferred as often as Bradley-Terry says.
 

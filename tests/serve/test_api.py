@@ -278,7 +278,7 @@ def test_thoughts_can_be_bounded_or_left_out(client, tokenizer):
     assert caught.value.param == "max_thinking_tokens"
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_an_answer_of_a_given_form(client, stream):
     form = {"guided_regex": r"sum=[0-9]{2,3}\.", "max_thinking_tokens": 20}
     if stream:
