@@ -23,7 +23,8 @@ from qwq_jax.sharding import decode_layout, make_mesh
 LENGTHS = (1, 2, 5, 16, 17, 33, 50, 64)
 MESHES = [
     MeshConfig(),
-    *(pytest.param(MeshConfig(**axes), marks=pytest.mark.slow) for axes in ({"data": 8}, {"tensor": 8})),
+    pytest.param(MeshConfig(data=8), marks=[pytest.mark.slow, pytest.mark.exhaustive]),
+    pytest.param(MeshConfig(tensor=8), marks=pytest.mark.slow),
     MeshConfig(data=2, fsdp=2, tensor=2),
 ]
 
@@ -221,6 +222,7 @@ def test_a_cache_that_cannot_hold_one_context_is_refused(tiny_config: ModelConfi
 @pytest.mark.parametrize(
     "mesh", [MeshConfig(tensor=8), pytest.param(MeshConfig(data=2, tensor=4), marks=pytest.mark.exhaustive)]
 )
+@pytest.mark.exhaustive
 def test_a_vocabulary_that_the_mesh_divides_is_sharded_and_changes_nothing(
     tiny_config: ModelConfig, prompts: list[tuple[int, ...]], mesh: MeshConfig
 ) -> None:
@@ -234,6 +236,7 @@ def test_a_vocabulary_that_the_mesh_divides_is_sharded_and_changes_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_log_probabilities_move_with_the_rounding_of_the_cache(
     tiny_config: ModelConfig, params: Params, prompts: list[tuple[int, ...]]
 ) -> None:
@@ -254,6 +257,7 @@ def test_log_probabilities_move_with_the_rounding_of_the_cache(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["int8", pytest.param("float8_e4m3fn", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
 def test_an_8_bit_cache_answers_alike_whatever_its_pages(
     tiny_config: ModelConfig, params: Params, prompts: list[tuple[int, ...]], dtype: str
 ) -> None:

@@ -62,6 +62,7 @@ def free_ports() -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_four_workers_train_are_preempted_and_finish(tmp_path):
     job_files(tmp_path)
     job = load_toml(ROOT / "configs" / "gcp" / "tiny_cpu.toml", JobSpec, ['project="p"', 'bucket="gs://bucket"'])

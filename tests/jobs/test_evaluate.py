@@ -278,6 +278,7 @@ def test_killed_while_drawing_and_while_judging_no_sample_is_lost_or_repeated(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_give_the_files_of_one(finished: Path, checkpoint: str, inputs: Path, tmp_path: Path) -> None:
     words = arguments(checkpoint, inputs, tmp_path / "eval", "--k", "1,2,4", "--distributed", "--set", "mesh.data=2")
     for end in together("-m", "qwq_jax", *words, "--simulate-devices", "1"):

@@ -196,6 +196,7 @@ def test_a_model_is_read_from_what_hugging_face_has(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_real_compiler_agrees_with_the_arithmetic(tmp_path: Path) -> None:
     """Two layers of the 32B on eight chips: bytes and products of a step are those of its weights and its cache."""
     pytest.importorskip("libtpu", reason="the TPU compiler runs on Linux only")

@@ -186,6 +186,7 @@ def test_killed_in_every_phase_it_is_bitwise_the_same_run(recipe, tmp_path, seed
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_asked_to_stop_in_any_phase_it_loses_nothing(recipe, whole, tmp_path):
     """SIGTERM: what was under way is finished, saved and never done again; exit 42."""
     output = tmp_path / "run"

@@ -34,6 +34,7 @@ def test_nothing_is_compiled_when_requests_come(checkpoint: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_job_says_how_many_how_long_and_where(checkpoint: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "qwq_jax"):
         warm_up(checkpoint, engine=ENGINE, mesh=MeshConfig())

@@ -94,6 +94,7 @@ def test_an_8_bit_cache_is_as_exact_as_its_type(dtype, bound, rng):
     chunks=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 24)), min_size=2, max_size=2),
     seed=st.integers(0, 2**32 - 1),
 )
+@pytest.mark.exhaustive
 def test_paged_attention_of_any_raggedness(decode, chunks, seed):
     chunks = [(before if new else 0, new) for before, new in chunks]
     batch = make_batch(np.random.default_rng(seed), decode, chunks, heads=(4, 2), page=8)

@@ -60,7 +60,7 @@ def both(q, k, v, d_out, segments, options):
     return results
 
 
-CHOSEN = [((5, 1), True, "on_wait"), ((5, 1), False, "eager"), ((7, 1), True, "eager"), ((10, 2), True, "on_wait")]
+CHOSEN = [((5, 1), True, "on_wait")]
 CASES = [(heads, packed, mode) for heads in HEADS for packed in (False, True) for mode in ("eager", "on_wait")]
 
 
@@ -78,7 +78,7 @@ def test_kernels_equal_the_reference(rng, heads, packed, mode):
     assert not races_found()
 
 
-@pytest.mark.parametrize(("length", "width"), [slow(100, 64), exhaustive(1, 128), exhaustive(257, 128)])
+@pytest.mark.parametrize(("length", "width"), [exhaustive(100, 64), exhaustive(1, 128), exhaustive(257, 128)])
 def test_any_length_and_narrow_heads(rng, length, width):
     q, k, v, d_out = draw(rng, (2, length, width), (4, 2))
     got, want = both(q, k, v, d_out, None, Options(width**-0.5, SMALL, SMALL, interpret("on_wait")))
@@ -87,7 +87,7 @@ def test_any_length_and_narrow_heads(rng, length, width):
         np.testing.assert_allclose(left, right, atol=GRADIENT)
 
 
-@pytest.mark.parametrize("packed", [exhaustive(False), slow(True)])
+@pytest.mark.parametrize("packed", [exhaustive(False), exhaustive(True)])
 def test_diagonal_in_parts(rng, packed):
     """Chunks as long as a query block: those on the diagonal are computed in parts, without what they cannot see."""
     q, k, v, d_out = draw(rng, (1, 768, 128), (2, 1))

@@ -56,8 +56,14 @@ def test_one_decoded_token(rng, dtype, wide_products):
     assert max(errors) < BOUND[dtype]
 
 
-@pytest.mark.parametrize("sizes", [Sizes(512, 2048, 512), Sizes(128, 1024, 256)])
-@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize(
+    ("dtype", "sizes"),
+    [
+        *((dtype, Sizes(512, 2048, 512)) for dtype in BOUND),
+        ("float32", Sizes(128, 1024, 256)),
+        pytest.param("bfloat16", Sizes(128, 1024, 256), marks=pytest.mark.exhaustive),
+    ],
+)
 def test_last_queries_of_a_row(rng, dtype, sizes, wide_products, monkeypatch):
     """The kernel itself, given only the visits of the last block of queries: all of them would take an hour here."""
 

@@ -73,15 +73,18 @@ BATCHES = [
             slow(heads, dtype, mode, parts)
             for heads, dtype, mode, parts in [
                 ((5, 1), "int8", "eager", 1),
-                ((10, 2), "float32", "on_wait", 2),
                 ((7, 1), "bfloat16", "on_wait", 1),
-                ((40, 8), "float32", "eager", 1),
                 ((5, 1), "float8_e4m3fn", "on_wait", 1),
             ]
         ),
         *(
             pytest.param(*case, marks=[pytest.mark.slow, pytest.mark.exhaustive])
-            for case in [((10, 2), "int8", "on_wait", 1), ((5, 1), "float8_e5m2", "eager", 2)]
+            for case in [
+                ((10, 2), "float32", "on_wait", 2),
+                ((40, 8), "float32", "eager", 1),
+                ((10, 2), "int8", "on_wait", 1),
+                ((5, 1), "float8_e5m2", "eager", 2),
+            ]
         ),
     ],
 )
@@ -116,6 +119,7 @@ def test_products_in_float8(rng):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_bfloat16_queries(rng):
     batch = make_batch(rng, *BATCHES[0], heads=(5, 1), page=128, H=128, max_query=64, dtype="bfloat16", width=3)
     narrow = lambda x: x.astype(jnp.bfloat16)  # noqa: E731
@@ -145,6 +149,7 @@ def test_any_raggedness(decode, chunks, seed):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_narrow_heads_in_a_wide_cache(rng):
     """Heads of 64 lie in a cache 128 wide."""
     batch = make_batch(rng, *BATCHES[0], heads=(7, 1), page=128, H=64, max_query=64, width=3)

@@ -86,6 +86,7 @@ def test_greedy_tokens_equal_transformers(pretrained, reference, tmp_path: Path)
     assert "Paris" in answers.read_text().splitlines()[0]
 
 
+@pytest.mark.exhaustive
 def test_perplexity_of_english_equals_transformers(pretrained, reference):
     import torch
 

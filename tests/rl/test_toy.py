@@ -74,6 +74,7 @@ def test_what_is_rewarded_grows_and_with_the_sign_flipped_it_shrinks(base, tmp_p
     ],
     ids=str,
 )
+@pytest.mark.exhaustive
 def test_it_learns_in_other_ways_too(base, tmp_path, changes):
     """A reward of minus the length, which a head in bfloat16 would not converge under (MiniMax-M1, section 3.2)."""
     check_lengths(base, tmp_path, steps=20, **changes)

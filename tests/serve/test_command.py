@@ -83,7 +83,7 @@ def ended(process: subprocess.Popen) -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive)])
 def test_the_command_serves_until_a_signal(checkpoint, tmp_path, number):
     keys = tmp_path / "keys"
     keys.write_text("hidden-key\n")

@@ -147,6 +147,7 @@ def test_interrupted_and_resumed_it_is_bitwise_the_same_run(recipe, whole, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_on_a_mesh_it_is_the_same_run(recipe, whole, tmp_path):
     mesh = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
     assert run(recipe, f"output_dir={tmp_path}/run", *mesh) == 0

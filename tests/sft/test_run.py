@@ -206,6 +206,7 @@ def test_the_best_checkpoint_can_be_the_result(recipe, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_order_of_data_and_the_losses_are_those_of_any_mesh(recipe, whole, tmp_path):
     output = tmp_path / "run"
     mesh = ["--set", "mesh.data=2", "--set", "mesh.fsdp=2", "--set", "mesh.tensor=2"]

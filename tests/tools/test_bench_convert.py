@@ -29,6 +29,7 @@ def test_peaks_that_grow_or_are_above_the_bound_are_told(convert, export, said):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_memory_does_not_depend_on_the_number_of_layers(tmp_path):
     """At a quarter of the widths of QwQ-32B: eight layers more are half a gigabyte, and their share is the noise."""
     command = [sys.executable, "-m", "tools.bench_convert", "--scale", "4", "--workdir", str(tmp_path)]

@@ -19,6 +19,7 @@ def test_it_is_small():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_it_solves_about_half_of_problems_it_has_never_seen(tmp_path):
     convert(str(TINY_REASONER), str(tmp_path / "checkpoint"))
     result = score(str(tmp_path / "checkpoint"), 512)

@@ -179,11 +179,13 @@ def test_math_and_code_side_by_side():
 
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
 from qwq_jax.config.rewards import CodeConfig, CustomConfig, Isolation
 from qwq_jax.rl.rewards.pool import RewardPool
 from tests.rl.rewards.replies import code, reply, task
 
+# Ignored in what a shell starts in the background, and so in what that starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 pool = RewardPool(
     [
         CustomConfig(function="tests.rl.rewards.verifiers:troubled", sources=("own",), seconds=100.0),
