@@ -1,7 +1,7 @@
 """Plans of QwQ-32B for slices of every kind of TPU, and beside published figures, into docs/benchmarks/plans.md.
 
     python -m tools.plan_tables                     all of it; what was compiled before is kept
-    python -m tools.plan_tables --only inference    one table
+    python -m tools.plan_tables inference int8      a page of these tables only
 
 Every figure is of programs that were compiled for the slice (`qwq-jax plan`). Nothing here was run on a chip.
 """
@@ -205,18 +205,17 @@ def published() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=[*TABLES, "published"], help="print one table and write nothing")
+    parser.add_argument("tables", nargs="*", help=f"of {', '.join([*TABLES, 'published'])}; all by default")
     arguments = parser.parse_args()
-    if arguments.only:
-        print(published() if arguments.only == "published" else table(TABLES[arguments.only]))
-        return
-    head = HEAD.format(versions=", ".join(f"{name} {version(name)}" for name in ("jax", "libtpu")))
-    parts = [head]
-    for name, asked in TABLES.items():
+    chosen = arguments.tables or [*TABLES, "published"]
+    for name in chosen:
+        if name not in TABLES and name != "published":
+            parser.error(f"{name} is not one of {', '.join([*TABLES, 'published'])}")
+    parts = [HEAD.format(versions=", ".join(f"{name} {version(name)}" for name in ("jax", "libtpu")))]
+    for name in chosen:
         print(f"{name} ...", flush=True)
-        parts.append(table(asked))
-    parts.append(published())
-    REPORT.write_text("\n".join(parts), encoding="utf-8")
+        parts.append(published() if name == "published" else table(TABLES[name]))
+        REPORT.write_text("\n".join(parts), encoding="utf-8")
     print(f"wrote {REPORT}")
 
 
