@@ -227,7 +227,7 @@ def test_training_over_tokens_and_over_slices_compiles(topology: str, mesh: dict
     small = tmp_path / "two_layers.toml"
     small.write_text(Path(QWQ).read_text().replace("num_layers = 64", "num_layers = 2"))
     words = [f"mesh.{axis}={mesh.get(axis, 1)}" for axis in ("data", "fsdp", "context", "tensor")]
-    words += ["sequence_length=2048", "rows_per_step=2", "accumulation=1", "optimizer.warmup_steps=1"]
+    words += ["sequence_length=2048", "rows_per_step=4", "accumulation=1", "optimizer.warmup_steps=1"]
     settings = [part for word in words for part in ("--set", word)]
     config = ("configs/sft/qwq_32b_sft.toml", "--model", str(small), "--topology", topology)
     assert run(*config, "--output", str(tmp_path), *settings) == 0
