@@ -85,7 +85,7 @@ class Layout:
 
     def size(self, axis: str) -> int:
         """Number of parts into which this layout cuts the logical axis."""
-        return math.prod(self.mesh.shape[name] for name in self._mesh_axes(axis))
+        return math.prod(self.mesh.shape[name] for name in self.mesh_axes(axis))
 
     def spec(self, axes: Axes, shape: Sequence[int] | None = None) -> PartitionSpec:
         """Partition spec of an array.
@@ -99,7 +99,7 @@ class Layout:
         """
         parts = []
         for index, axis in enumerate(axes):
-            names = self._mesh_axes(axis) if axis is not None else ()
+            names = self.mesh_axes(axis) if axis is not None else ()
             if axis is not None and shape is not None and shape[index] % self.size(axis):
                 if axis not in REPLICABLE:
                     raise ValueError(
@@ -117,10 +117,6 @@ class Layout:
     def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
         """Pins the sharding of an activation inside `jax.jit`."""
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape))
-
-    def mesh_axes(self, axis: str) -> tuple[str, ...]:
-        """Names of the mesh axes that cut a logical axis, for collectives inside `jax.shard_map`."""
-        return self._mesh_axes(axis)
 
     def as_rows(self, x: jax.Array) -> jax.Array:
         """`[B, T, ...]` to `[B * n, T / n, ...]`, each of the n parts of the tokens as a row of its own."""
@@ -157,7 +153,8 @@ class Layout:
             )
         return shared // num_kv_heads
 
-    def _mesh_axes(self, axis: str) -> tuple[str, ...]:
+    def mesh_axes(self, axis: str) -> tuple[str, ...]:
+        """Names of the mesh axes that cut a logical axis, for collectives inside `jax.shard_map`."""
         if axis not in self.table:
             raise ValueError(f"unknown logical axis {axis!r}; this layout knows {', '.join(sorted(self.table))}")
         return self.table[axis]

@@ -7,6 +7,9 @@ from pydantic import Field, PositiveInt
 from qwq_jax.config.frozen import Frozen
 from qwq_jax.config.weights import WeightName
 
+# Of a device's memory that weights leave, the part that pages may have: the rest is for activations and programs.
+CACHE_SHARE = 0.9
+
 
 class EngineConfig(Frozen):
     """Everything that fixes a compiled shape of the engine or the memory it takes.

@@ -183,10 +183,9 @@ class RlConfig(Frozen):
                 f"mesh.fsdp {self.mesh.fsdp}"
             )
         self.mesh.check_row("row_length (rollout.max_prompt_tokens + rollout.max_tokens)", self.row_length or longest)
-        if self.decode_mesh is not None and _devices(self.decode_mesh) != _devices(self.mesh):
+        if self.decode_mesh is not None and self.decode_mesh.size != self.mesh.size:
             raise ValueError(
-                f"decode_mesh has {_devices(self.decode_mesh)} devices, mesh {_devices(self.mesh)}: it must arrange "
-                "the same ones"
+                f"decode_mesh has {self.decode_mesh.size} devices, mesh {self.mesh.size}: it must arrange the same ones"
             )
         if self.curriculum.least_difficulty > self.curriculum.most_difficulty:
             raise ValueError("curriculum.least_difficulty is above curriculum.most_difficulty: no task is left")
@@ -257,7 +256,3 @@ class RlConfig(Frozen):
     def reward_models(self) -> tuple[RewardModelConfig, ...]:
         """The rewards that the devices compute."""
         return tuple(reward for reward in self.rewards if isinstance(reward, RewardModelConfig))
-
-
-def _devices(mesh: MeshConfig) -> int:
-    return mesh.size

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from qwq_jax.config.engine import EngineConfig
+from qwq_jax.config.engine import CACHE_SHARE, EngineConfig
 from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.weights import WeightFormat, choose_weights
 from qwq_jax.engine.arrays import pack, packed_size
@@ -24,8 +24,7 @@ from qwq_jax.model.spec import model_spec
 from qwq_jax.sampling import Sampled
 from qwq_jax.sharding import Layout
 
-# What the arrays of a step, the activations and the gathered pages may need beside the cache.
-_CACHE_SHARE_OF_DEVICE = 0.9
+# As `CACHE_SHARE`, of a machine whose memory is not the engine's alone.
 _CACHE_SHARE_OF_HOST = 0.25
 # See `EngineShape.growth`: a TPU compiles for longer, a CPU computes for longer, and reads tables as wide as they are.
 _GROWTH_ON_TPU, _GROWTH_ELSEWHERE = 8, 2
@@ -218,7 +217,7 @@ def _affordable_pages(model: ModelConfig, layout: Layout, config: EngineConfig) 
     page = _cache_spec(model, layout, config, 1).nbytes // devices
     stats = [device.memory_stats() for device in layout.mesh.local_devices]
     if all(stats):
-        budget = min(_CACHE_SHARE_OF_DEVICE * (each["bytes_limit"] - each["bytes_in_use"]) for each in stats)
+        budget = min(CACHE_SHARE * (each["bytes_limit"] - each["bytes_in_use"]) for each in stats)
     else:
         host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         budget = _CACHE_SHARE_OF_HOST * host / len(stats)

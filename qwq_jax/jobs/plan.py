@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from qwq_jax.config.engine import EngineConfig
+from qwq_jax.config.engine import CACHE_SHARE, EngineConfig
 from qwq_jax.config.mesh import MeshConfig
 from qwq_jax.config.plan import Calibration, Prices
 from qwq_jax.jobs.plan_job import Job, arranged, changed, engine_of, program_names
@@ -28,8 +28,6 @@ from qwq_jax.plan.tables import show
 LOG = logging.getLogger(__name__)
 
 _PHASES = {"inference": INFERENCE_PHASES, "sft": SFT_PHASES, "rl": RL_PHASES}
-# As `engine.runner` has it.
-_CACHE_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -96,8 +94,11 @@ def make_plans(job: Job, options: PlanOptions) -> list[TopologyPlan]:
         if not options.search:
             return plans
         advised = [index for index, each in enumerate(plans) if each.advice]
-        others = [replace(cases[i], job=changed(job, plans[i].advice), settings=plans[i].advice) for i in advised]
-        better = _compiled(_with_arrays([replace(case, problem=None) for case in others], options, bar), options, bar)
+        others = [
+            replace(cases[i], job=changed(job, plans[i].advice), settings=plans[i].advice, problem=None)
+            for i in advised
+        ]
+        better = _compiled(_with_arrays(others, options, bar), options, bar)
     for index, other in zip(advised, better, strict=True):
         plans[index] = replace(plans[index], better=replace(other, advice=()))
     return plans
@@ -266,13 +267,13 @@ def _counted(case: _Case, arrays: Mapping[str, Any]) -> _Case:
     if engine.num_pages is None:
         longest = job.longest
         wanted = engine.max_sequences * -(-longest // engine.page_size)
-        pages = min(wanted, int(_CACHE_SHARE * left) // arrays["page"] if left > 0 else 0)
+        pages = min(wanted, int(CACHE_SHARE * left) // arrays["page"] if left > 0 else 0)
         if pages * engine.page_size < longest:
             needed = -(-longest // engine.page_size) * arrays["page"]
             problem = (
                 f"{job.name} does not fit {case.topology.name}: beside {there / GB:.1f} GB of weights a device has "
                 f"{max(left, 0) / GB:.1f} of its {arrays['usable'] / GB:.1f} GB left, and the cache of one sequence of "
-                f"{longest:,} tokens needs {needed / GB:.1f} GB: short by {(needed / _CACHE_SHARE - left) / GB:.1f} GB"
+                f"{longest:,} tokens needs {needed / GB:.1f} GB: short by {(needed / CACHE_SHARE - left) / GB:.1f} GB"
             )
             return _Case(case.topology, job, case.settings, case.usable, problem, arrays)
         job = job.with_engine(num_pages=pages)

@@ -158,7 +158,7 @@ def _rl(
     job: Job, seconds: Mapping[str, Seconds], topology: Topology, rows: int
 ) -> tuple[tuple[Part, ...], dict[str, float]]:
     config, lengths = job.config, job.workload
-    decode_mesh = config.decode_mesh or config.mesh
+    decode_mesh = _mesh_of(job, "decode")
     replicas = decode_mesh.data * decode_mesh.fsdp
     samples = config.rollout.samples_per_step
     completed = samples * (lengths.prompt_tokens + lengths.completion_tokens)

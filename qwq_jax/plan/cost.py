@@ -1,6 +1,6 @@
 """From what a compiled program does to the least time that a chip takes for it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -169,20 +169,6 @@ def attention_flops(*, queries: float, context: float, heads: int, head_dim: int
         passes: Forward passes that it is worth: a backward pass of a flash kernel has 2.5 (five products for two).
     """
     return passes * 4.0 * queries * context * heads * head_dim
-
-
-def exchanged_by_axis(collectives: Sequence[Collective], axes: Mapping[str, int]) -> dict[str, int]:
-    """Bytes of exchanges by the mesh axes that a group spans, such as ``"fsdp"`` or ``"data x fsdp"``.
-
-    Args:
-        collectives: Of a program.
-        axes: Size of each mesh axis, the outermost first.
-    """
-    out: dict[str, int] = {}
-    for each in collectives:
-        out_name = axes_of(each, axes)
-        out[out_name] = out.get(out_name, 0) + each.count * each.bytes
-    return out
 
 
 def axes_of(exchange: Collective, axes: Mapping[str, int]) -> str:

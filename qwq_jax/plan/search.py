@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qwq_jax.config.engine import EngineConfig
+from qwq_jax.config.engine import CACHE_SHARE, EngineConfig
 from qwq_jax.config.mesh import MeshConfig
 from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.plan import Workload
@@ -17,8 +17,6 @@ from qwq_jax.plan.chips import Topology
 from qwq_jax.plan.cost import exchange_seconds
 from qwq_jax.plan.hlo import Collective
 
-# Of what weights leave, the part that an engine gives its cache (`engine.runner`), and what programs need beside it.
-_CACHE_SHARE = 0.9
 _MOST_ROWS = 1024
 _TRAINED_BYTES = 12.0  # float32 weight and two moments
 _GRADIENT_BYTES = 4.0
@@ -91,7 +89,7 @@ def engine_choices(
     for tensor in tensor_sizes(model, topology.devices):
         for weights in (None, "int8", "int4"):
             for cache_dtype in ("bfloat16", topology.chip.cache_dtype):
-                left = _CACHE_SHARE * (usable - weight_bytes(model, weights, tensor))
+                left = CACHE_SHARE * (usable - weight_bytes(model, weights, tensor))
                 tokens = left / token_bytes(model, cache_dtype, tensor)
                 if tokens < longest:
                     continue

@@ -216,9 +216,12 @@ class RowScorer:
         """Numbers for the trained tokens of each sequence, in order."""
         plan = self.rows.plan(segments)
         arrays = [self.program(params, self.rows.place(packed)) for packed in plan.micro_batches(segments)]
-        # Back from the order in which devices share the tokens of a row.
-        places = np.argsort(zigzag(self.rows.row_length, self.rows.layout.size("tokens")))
-        return plan.unpack(segments, (np.asarray(array)[:, places] for array in arrays))
+        found = map(np.asarray, arrays)
+        if (parts := self.rows.layout.size("tokens")) > 1:
+            # Back from the order in which devices share the tokens of a row.
+            places = np.argsort(zigzag(self.rows.row_length, parts))
+            found = (array[:, places] for array in found)
+        return plan.unpack(segments, found)
 
 
 def make_scorer(run: Callable[[Params, TrainBatch], Any], rows: Rows) -> RowScorer:

@@ -54,11 +54,11 @@ def place_rows(packed: PackedRows, layout: Layout) -> TrainBatch:
 
 def _place(packed: PackedRows, shape: tuple[int, ...], layout: Layout) -> TrainBatch:
     sharding = layout.sharding((None, "batch", "tokens")[-len(shape) :], shape)
-    order = zigzag(shape[-1], layout.size("tokens"))
+    parts = layout.size("tokens")
+    order = zigzag(shape[-1], parts) if parts > 1 else slice(None)
 
     def place(value: np.ndarray) -> jax.Array:
-        split = value.reshape(shape)
-        split = split if layout.size("tokens") == 1 else split[..., order]
+        split = value.reshape(shape)[..., order]
         return jax.make_array_from_callback(shape, sharding, lambda index: split[index])
 
     return TrainBatch(
