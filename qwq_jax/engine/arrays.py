@@ -37,9 +37,9 @@ def arrays_of(shape: EngineShape, program: Program) -> dict[str, Extent]:
     - `page_table` `[S, W]`: page numbers of the replica.
     - `temperature`, `top_k`, `top_p`, `min_p`, `seed` `[S]`; `stop_ids` `[S, E]`, NOBODY where there are fewer.
     - `steps` `[1]`: how many tokens the window draws.
-    - `token` `[D]`: the one to compute first, NOBODY where the devices have it from the step before; `position` `[D]`;
-      `budget` `[D]`: how many tokens the row may draw, 0 for an empty one.
-    - With drafts, instead of `token` and `budget`: `flat_token`, `flat_position`, `flat_row` `[D (1 + drafts)]`, the
+    - `token` `[D]`: the one to compute first, NOBODY where the devices have it from the step before, in row `origin`
+      `[D]` of that time; `position` `[D]`; `budget` `[D]`: how many tokens the row may draw, 0 for an empty one.
+    - With drafts, instead of these four: `flat_token`, `flat_position`, `flat_row` `[D (1 + drafts)]`, the
       rows' tokens back to back; `kv_length` `[D]`, this step's tokens included; `query_start` `[D + 1]`.
     - With chunks: `prompt_token`, `prompt_position` `[Tp]`; `prompt_length` `[Bp]`: tokens in the cache, the chunk's
       included, 0 for no chunk; `prompt_start` `[Bp + 1]`: first flat position of each; `into` `[Bp]`: the decode row
@@ -58,7 +58,7 @@ def arrays_of(shape: EngineShape, program: Program) -> dict[str, Extent]:
         ints |= dict.fromkeys(("flat_token", "flat_position", "flat_row"), (D * (1 + drafts),))
         ints |= {"kv_length": (D,), "query_start": (D + 1,)}
     else:
-        ints |= dict.fromkeys(("token", "position", "budget"), (D,))
+        ints |= dict.fromkeys(("token", "origin", "position", "budget"), (D,))
     if Tp:
         ints |= {"prompt_token": (Tp,), "prompt_position": (Tp,)}
         ints |= {"prompt_length": (Bp,), "prompt_start": (Bp + 1,), "into": (Bp,)}
@@ -199,10 +199,13 @@ def _sampled(schedule: Schedule, decode_rows: int) -> list[tuple[int, int, Work]
 
 
 def _fill_decode(arrays: Mapping[str, np.ndarray], schedule: Schedule) -> None:
+    arrays["origin"][:] = np.arange(arrays["origin"].shape[1])
     for replica, works in enumerate(schedule.decode):
         for work in works:
             row = work.sequence.row
             arrays["token"][replica, row] = work.sequence.tokens[work.start] if work.known else NOBODY
+            if work.origin is not None:
+                arrays["origin"][replica, row] = work.origin
             arrays["position"][replica, row] = work.start
             arrays["budget"][replica, row] = work.draws
 

@@ -69,7 +69,7 @@ class Step(NamedTuple):
 
     def _window(self, model: Transformer, cache: Any, carry: Carry, arrays: Arrays) -> tuple[Any, Carry, Outcome]:
         D, window = self.program.decode_rows, self.shape.decode_window
-        token, going, budget = _start(carry, arrays, D)
+        token, going, budget = _start(carry, arrays)
         generated = self._generated(arrays)
         sampled = jax.eval_shape(lambda: self._sample(model, self._no_hidden(model, D), arrays, generated, 0))
         out = jax.tree.map(lambda x: jnp.zeros((window, *x.shape), x.dtype), sampled)
@@ -98,7 +98,7 @@ class Step(NamedTuple):
 
     def _mixed(self, model: Transformer, cache: Any, carry: Carry, arrays: Arrays) -> tuple[Any, Carry, Outcome]:
         D, Tp = self.program.decode_rows, self.program.prefill_tokens
-        token, going, budget = _start(carry, arrays, D)
+        token, going, budget = _start(carry, arrays)
         active = going & (budget > 0)
         positions = jnp.concatenate([arrays["position"], arrays["prompt_position"]], axis=1)
         kv_length = jnp.concatenate([jnp.where(active, arrays["position"] + 1, 0), arrays["prompt_length"]], axis=1)
@@ -205,11 +205,11 @@ class Step(NamedTuple):
 _BY_ROW = frozenset({"temperature", "top_k", "top_p", "min_p", "seed", "stop_ids", "bias_ids", "bias_values", "floor"})
 
 
-def _start(carry: Carry, arrays: Arrays, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _start(carry: Carry, arrays: Arrays) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The first token of each decode row, whether it goes on, and its budget."""
     told = arrays["token"] >= 0
-    token = jnp.where(told, arrays["token"], carry.token[:, :rows])
-    return token, told | carry.alive[:, :rows], arrays["budget"]
+    token, alive = (jnp.take_along_axis(x, arrays["origin"], axis=1, mode="clip") for x in carry)
+    return jnp.where(told, arrays["token"], token), told | alive, arrays["budget"]
 
 
 def _ends(tokens: jax.Array, stop_ids: jax.Array) -> jax.Array:

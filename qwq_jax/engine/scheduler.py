@@ -15,7 +15,7 @@ from bisect import insort
 
 from qwq_jax.engine.pages import PagePool, extend_digests, pages_for
 from qwq_jax.engine.request import Sequence
-from qwq_jax.engine.step import EngineShape, Schedule, Work
+from qwq_jax.engine.step import EngineShape, Schedule, Work, smallest_of
 
 
 def _arrival(sequence: Sequence) -> int:
@@ -37,6 +37,23 @@ class _Replica:
         sequence.pages = shared + self.pool.take(pages)
         sequence.registered = len(shared)
         insort(self.running, sequence, key=_arrival)
+
+    def close_ranks(self, ready: list[Sequence], sizes: tuple[int, ...]) -> dict[int, int]:
+        """Move sequences into rows that are free, where fewer rows then run: programs have so many as one of `sizes`.
+
+        Returns:
+            The row that each has left, by its arrival.
+        """
+        rows = {sequence.row: sequence for sequence in ready if sequence.row is not None}
+        if not rows:
+            return {}
+        needed = sorted([*rows, *self.rows])[len(rows) - 1] + 1
+        if smallest_of(sizes, needed) == smallest_of(sizes, max(rows) + 1):
+            return {}
+        left: dict[int, int] = {}
+        for row in sorted(row for row in rows if row >= needed):
+            left[rows[row].arrival], rows[row].row = row, heapq.heapreplace(self.rows, row)
+        return left
 
     def leave(self, sequence: Sequence) -> None:
         assert sequence.replica == self.index and sequence.row is not None, "the sequence runs elsewhere"
@@ -112,13 +129,20 @@ class Scheduler:
             self._admit()
         ready = [[s for s in replica.running if s.pending == 1 and s.horizon > 0] for replica in self._replicas]
         prefill = tuple(self._prefill(replica) for replica in self._replicas)
+        left: dict[int, int] = {}
+        if not any(prefill):
+            for replica, each in zip(self._replicas, ready, strict=True):
+                left |= replica.close_ranks(each, self._shape.row_counts)
         if self._shape.drafts and not any(prefill):
             guessed = self._speculate(ready)
             if guessed is not None:
                 return Schedule(guessed, prefill)
         window = 1 if any(prefill) else self._window(ready)
-        decode = (self._decode(*each, window) for each in zip(self._replicas, ready, strict=True))
-        return Schedule(tuple(decode), prefill)
+        decode = tuple(
+            tuple(self._draw(replica, s, min(window, s.horizon), origin=left.get(s.arrival)) for s in each)
+            for replica, each in zip(self._replicas, ready, strict=True)
+        )
+        return Schedule(decode, prefill)
 
     def settle(self, sequence: Sequence) -> None:
         """Let others share the pages of this sequence that are full of known tokens."""
@@ -244,14 +268,18 @@ class Scheduler:
             guessed.append(tuple(works))
         return tuple(guessed)
 
-    def _decode(self, replica: _Replica, ready: list[Sequence], window: int) -> tuple[Work, ...]:
-        return tuple(self._draw(replica, sequence, min(window, sequence.horizon)) for sequence in ready)
-
-    def _draw(self, replica: _Replica, sequence: Sequence, steps: int, drafts: tuple[int, ...] = ()) -> Work:
+    def _draw(
+        self,
+        replica: _Replica,
+        sequence: Sequence,
+        steps: int,
+        drafts: tuple[int, ...] = (),
+        origin: int | None = None,
+    ) -> Work:
         """Issue the drawing of `steps` tokens, and take the pages for it."""
         sequence.pages += replica.pool.take(self._missing([sequence], steps))
         known = not sequence.ahead
-        work = Work(sequence, sequence.computed, steps, draws=steps, known=known, drafts=drafts)
+        work = Work(sequence, sequence.computed, steps, draws=steps, known=known, drafts=drafts, origin=origin)
         sequence.computed += steps
         sequence.ahead += steps
         return work

@@ -27,7 +27,8 @@ class EngineShape:
     All but `replicas` and `max_context` count for one replica: `num_pages` pages of `page_size` tokens, `max_sequences`
     decode rows, and `prefill_chunk` prompt tokens of at most `max_prefill_sequences` sequences in one step.
     `decode_window` is the most tokens that a sequence draws before the host looks, `drafts` the most that are guessed,
-    and `growth` the ratio of the lengths of chunks, and its square that of the widths of tables, that get programs.
+    and `growth` the ratio of the lengths of chunks, up to 4 that of the numbers of decode rows, and its square that of
+    the widths of tables, that get programs.
     `scaled_logprobs` are reported at the temperature of the request.
     """
 
@@ -63,7 +64,7 @@ class EngineShape:
     @property
     def row_counts(self) -> tuple[int, ...]:
         """Numbers of decode rows, each with programs of its own, the smallest first."""
-        return _sizes(self.max_sequences, _FEWEST_ROWS, 4)
+        return _sizes(self.max_sequences, _FEWEST_ROWS, min(self.growth, 4))
 
     @property
     def chunk_sizes(self) -> tuple[int, ...]:
@@ -118,8 +119,8 @@ class Work:
     """Tokens from `start` on of one sequence, to be computed in this step.
 
     `length` of them; `draws` tokens are drawn after them, or one after each where it decodes.  `known` says whether the
-    host knows the token at `start`; otherwise the devices do, from the step before.  `drafts` are guesses at the tokens
-    after it.
+    host knows the token at `start`; otherwise the devices do, from the step before, in the sequence's row, or in
+    `origin` where it has changed rows since.  `drafts` are guesses at the tokens after it.
     """
 
     sequence: Sequence
@@ -128,6 +129,7 @@ class Work:
     draws: int
     known: bool = True
     drafts: tuple[int, ...] = ()
+    origin: int | None = None
 
     @property
     def first_draw(self) -> int:

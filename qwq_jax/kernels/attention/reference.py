@@ -4,6 +4,7 @@ Scores, softmax and the sums are float32 whatever the dtype of the inputs (only 
 it): attention over 131,072 keys summed in bfloat16 loses the small probabilities that long reasoning lives on.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ from qwq_jax.kernels.attention.pages import KEY, VALUE, PagedLayer, PagedOutput,
 MASKED = -1e30
 # Keys of all rows that decoding reads at once: few enough to stay in a core's cache, many enough to be worth a turn.
 DECODE_BYTES, DECODE_PAGES = 2**19, 16
+# Fewer tokens of a row alone are not worth a way of their own to read them.
+ALONE_TOKENS = 128
 # Tokens of a chunk, and of the cache, that are multiplied at once.
 CHUNK_QUERIES, CHUNK_KEYS = 32, 256
 
@@ -114,38 +117,42 @@ def _attend_decode(
     column = jnp.clip(item - starts[row], 0, W - 1)
     listed = page_table[row, column]
     tokens = jnp.where(item < in_use, kv_length[row] - column * page, 0)  # of the row, from this page on
-    queries = q.reshape(B, K, G, H).transpose(1, 0, 2, 3)
+    queries = q.reshape(B, K, G, H)
+
+    # Pages are the first axis of all that is computed: XLA shares out the first one among cores, and K may be odd.
+    def read(pages: jax.Array, which: int) -> jax.Array:
+        return _read_pages(layer, pages, which, q.dtype).swapaxes(0, 1)
 
     def body(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         begin, *parts = state
         pages, rows, left = (jax.lax.dynamic_slice(x, (begin,), (size,)) for x in (listed, row, tokens))
-        live = (jnp.arange(page) < left[:, None])[None, :, :, None]
-        keys = _read_pages(layer, pages, KEY, q.dtype)
+        live = (jnp.arange(page) < left[:, None])[:, None, :, None]
         # The many keys on the left: XLA's product of few rows by a transposed matrix is the slower one.
-        scores = jnp.einsum("kpsh,kpgh->kpsg", keys, queries[:, rows], preferred_element_type=jnp.float32) * scale
+        scores = jnp.einsum("pksh,pkgh->pksg", read(pages, KEY), queries[rows], preferred_element_type=jnp.float32)
         # Turned here, and not within the second product, which would be up to three times as slow.
-        scores = jnp.where(live.swapaxes(2, 3), jax.lax.optimization_barrier(scores.swapaxes(2, 3)), MASKED)
+        scores = jax.lax.optimization_barrier((scores * scale).swapaxes(2, 3))
+        scores = jnp.where(live.swapaxes(2, 3), scores, MASKED)
         top = jnp.max(scores, axis=3)
         weights = jnp.exp(scores - top[..., None])
         # Pages are reused and never cleared: what lies past a row's end may be NaN, and 0 x NaN is NaN.
-        values = jnp.where(live, _read_pages(layer, pages, VALUE, q.dtype), 0)
-        out = jnp.einsum("kpgs,kpsh->kpgh", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
+        values = jnp.where(live, read(pages, VALUE), 0)
+        out = jnp.einsum("pkgs,pksh->pkgh", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
         new = (top, jnp.sum(weights, axis=3), out)
         put = jax.lax.dynamic_update_slice_in_dim
-        return begin + size, *(put(part, x, begin, axis=1) for part, x in zip(parts, new, strict=True))
+        return begin + size, *(put(part, x, begin, axis=0) for part, x in zip(parts, new, strict=True))
 
-    sizes = ((K, total, G), (K, total, G), (K, total, G, H))
+    sizes = ((total, K, G), (total, K, G), (total, K, G, H))
     zeros = (jnp.zeros(shape, jnp.float32) for shape in sizes)
     _, top, sums, outs = jax.lax.while_loop(lambda state: state[0] < in_use, body, (jnp.int32(0), *zeros))
-    mine = (jnp.arange(W) < counts[:, None])[None, :, :, None]
+    mine = (jnp.arange(W) < counts[:, None])[:, :, None, None]
     at = jnp.minimum(starts[:, None] + jnp.arange(W), total - 1)
-    top = jnp.where(mine, top[:, at], MASKED)  # [K, B, W, G]
-    highest = jnp.max(top, axis=2)
-    share = jnp.where(mine, jnp.exp(top - highest[:, :, None]), 0)
-    normaliser = jnp.maximum(jnp.sum(share * sums[:, at], axis=2), jnp.finfo(jnp.float32).tiny)
-    out = jnp.sum(share[..., None] * outs[:, at], axis=2) / normaliser[..., None]
+    top = jnp.where(mine, top[at], MASKED)  # [B, W, K, G]
+    highest = jnp.max(top, axis=1)
+    share = jnp.where(mine, jnp.exp(top - highest[:, None]), 0)
+    normaliser = jnp.maximum(jnp.sum(share * sums[at], axis=1), jnp.finfo(jnp.float32).tiny)
+    out = jnp.sum(share[..., None] * outs[at], axis=1) / normaliser[..., None]
     lse = highest + jnp.log(normaliser)
-    return out.transpose(1, 0, 2, 3).reshape(B, N, H), lse.transpose(1, 0, 2).reshape(B, N)
+    return out.reshape(B, N, H), lse.reshape(B, N)
 
 
 def _attend_alone(
@@ -153,9 +160,21 @@ def _attend_alone(
 ) -> tuple[jax.Array, jax.Array]:
     """As `_attend_decode` for one row, q `[N, H]`, of few pages `[W]`: all of them at once, with nothing to join.
 
+    Where a half or a quarter of the pages holds the row, no more are read.
+
     Returns:
         Output `[1, N, H]` and log-sum-exp `[1, N]`, float32.
     """
+    W, page = pages.shape[0], layer.kv.shape[3]
+    widths = [width for width in (W // 4, W // 2) if width * page >= ALONE_TOKENS] + [W]
+    choice = sum((length > width * page).astype(jnp.int32) for width in widths[:-1])
+    ways = [partial(_attend_pages, q, layer, pages[:width], length, scale) for width in widths]
+    return jax.lax.switch(choice, ways)
+
+
+def _attend_pages(
+    q: jax.Array, layer: PagedLayer, pages: jax.Array, length: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array]:
     (N, H), (K, _, _, page, _) = q.shape, layer.kv.shape
     S = pages.shape[0] * page
     live = jnp.arange(S) < length
