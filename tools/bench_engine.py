@@ -4,9 +4,10 @@
     python -m tools.bench_engine --tiny --requests 6 --repetitions 1 --batches 1 4
 
 A random model of the shape of SmolLM2-135M in the Qwen2 architecture, float32, on the CPU. Prompts are ragged and
-completions of log-normal lengths. A static batch of transformers runs until the longest of its rows ends, and only
-wanted tokens count; transformers' continuous batching takes each request's own length. Repetitions are interleaved,
-because machines are noisy; what is compared is each one's best. Exits with 1 if greedy tokens differ beyond ties.
+completions of log-normal lengths; each turn has prompts of its own. A static batch of transformers runs until the
+longest of its rows ends, and only wanted tokens count; transformers' continuous batching takes each request's own
+length. Repetitions are interleaved, because machines are noisy; what is compared is each one's best. Exits with 1 if
+greedy tokens differ beyond ties.
 On a busy machine torch's threads wait for each other at every operation: give it `--threads 1` there as well.
 """
 
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,29 +62,33 @@ class Workload:
         """Tokens wanted."""
         return sum(self.lengths)
 
+    def renewed(self, turn: int, vocab_size: int) -> "Workload":
+        """The same sizes with other tokens: what an engine still holds of an earlier turn must not help it."""
+        return Workload([[1 + (t + turn) % (vocab_size - 1) for t in prompt] for prompt in self.prompts], self.lengths)
+
 
 @dataclass
 class Runner:
-    """One way to serve the workload, and the seconds that each repetition took.
+    """One way to serve the workload of a turn, and the seconds that each repetition took.
 
     One that `foresees` knows how long completions will be before they are drawn; it bounds what an order could give.
     """
 
     name: str
-    run: Callable[[], None]
-    tokens: int
+    run: Callable[[Workload], None]
+    work: Workload
     foresees: bool = False
     seconds: list[float] = field(default_factory=list)
 
     @property
     def best(self) -> float:
         """Tokens a second of the best repetition."""
-        return self.tokens / min(self.seconds)
+        return self.work.tokens / min(self.seconds)
 
     @property
     def median(self) -> float:
         """Tokens a second of the median repetition."""
-        return self.tokens / float(np.median(self.seconds))
+        return self.work.tokens / float(np.median(self.seconds))
 
 
 def config_of(layers: int, tiny: bool) -> ModelConfig:
@@ -279,19 +285,19 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[Runner], li
     if wrong:
         raise SystemExit("greedy tokens differ from transformers': " + "; ".join(wrong))
     notes = [f"greedy tokens of {min(CHECKED, options.requests)} requests checked: each the likeliest of transformers'"]
-    runners = [Runner("qwq_jax", lambda: ignore(serve(engine, work)), work.tokens)]
+    runners = [Runner("qwq_jax", lambda fresh: ignore(serve(engine, fresh)), work)]
     for size in options.batches:
         for order in options.orders if size > 1 else ("arrival",):
             name = f"transformers, batches of {size}{ORDERS[order]}"
             part = Workload(work.prompts[: options.single], work.lengths[: options.single]) if size == 1 else work
-            run = lambda part=part, size=size, order=order: generate_batches(model, part, size, order)  # noqa: E731
-            runners.append(Runner(name, run, part.tokens, foresees=order == "oracle"))
+            run = lambda fresh, size=size, order=order: generate_batches(model, fresh, size, order)  # noqa: E731
+            runners.append(Runner(name, run, part, foresees=order == "oracle"))
     other = load_peer(folder / "source")  # of its own, because it changes the model's attention
-    continuous = Runner("transformers, continuous batching", lambda: generate_continuously(other, work), work.tokens)
+    continuous = Runner("transformers, continuous batching", partial(generate_continuously, other), work)
     refused = "left out" if options.no_continuous else attempt(continuous)
     runners += [] if refused else [continuous]
     notes += [f"transformers' continuous batching does not run here: {refused}"] if refused else []
-    take_turns(runners, options.repetitions)
+    take_turns(runners, options.repetitions, config.vocab_size)
     small = Engine.from_checkpoint(str(folder / "checkpoint"), config=engine_config(1))
     notes.append(single_stream(small, model, config.vocab_size, (min(128, options.prompt), options.stream)))
     if not options.no_start:
@@ -308,20 +314,21 @@ def ignore(_: Any) -> None:
 def attempt(runner: Runner) -> str | None:
     """Runs what may not run on this machine; the reason why not, or None."""
     try:
-        runner.run()
+        runner.run(runner.work)
     except (RuntimeError, ValueError, ImportError, NotImplementedError, TypeError, KeyError) as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0]}"
     return None
 
 
-def take_turns(runners: list[Runner], repetitions: int) -> None:
+def take_turns(runners: list[Runner], repetitions: int, vocab_size: int) -> None:
     """Each runner once a turn, so that a busy minute hits all."""
     for turn in range(repetitions):
         for runner in runners:
+            work = runner.work.renewed(turn + 1, vocab_size)
             began = time.perf_counter()
-            runner.run()
+            runner.run(work)
             runner.seconds.append(time.perf_counter() - began)
-            print(f"turn {turn} {runner.name}: {runner.tokens / runner.seconds[-1]:.1f} tokens/s", flush=True)
+            print(f"turn {turn} {runner.name}: {work.tokens / runner.seconds[-1]:.1f} tokens/s", flush=True)
 
 
 def single_stream(engine: Engine, model: Any, vocab_size: int, sizes: tuple[int, int]) -> str:

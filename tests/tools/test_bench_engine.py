@@ -18,9 +18,18 @@ def test_workload_is_seeded_ragged_and_capped():
     assert work.tokens == sum(work.lengths)
 
 
+def test_a_turn_has_prompts_that_share_no_beginning_with_another():
+    work = make_workload(50, 512)
+    turns = [work, work.renewed(1, 512), work.renewed(2, 512)]
+    assert all(turn.lengths == work.lengths for turn in turns)
+    assert all([len(p) for p in turn.prompts] == [len(p) for p in work.prompts] for turn in turns)
+    assert all(len({turn.prompts[i][0] for turn in turns}) == 3 for i in range(50))
+    assert all(0 < token < 512 for turn in turns for prompt in turn.prompts for token in prompt)
+
+
 def test_report_compares_the_best_with_the_best_peer():
     def runner(name, tokens, seconds, foresees=False):
-        return Runner(name, lambda: None, tokens, foresees, seconds)
+        return Runner(name, lambda work: None, Workload([[1]], [tokens]), foresees, seconds)
 
     runners = [runner("qwq_jax", 100, [2.0, 1.0]), runner("a", 100, [4.0, 5.0]), runner("b", 50, [1.0])]
     text = report(parse(TINY), [*runners, runner("c", 80, [1.0], foresees=True)], ["a note"], 1.5)

@@ -19,7 +19,7 @@ DECODE_BYTES, DECODE_PAGES = 2**19, 16
 # Fewer tokens of a row alone are not worth a way of their own to read them.
 ALONE_TOKENS = 128
 # Tokens of a chunk, and of the cache, that are multiplied at once.
-CHUNK_QUERIES, CHUNK_KEYS = 32, 256
+CHUNK_QUERIES, CHUNK_KEYS = 32, 64
 
 
 def attention(
