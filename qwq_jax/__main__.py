@@ -115,12 +115,13 @@ def convert(
     ] = None,
     allow_nan: Annotated[bool, typer.Option("--allow-nan", help="Accept weights that are NaN or infinite.")] = False,
     low_disk: Annotated[bool, typer.Option("--low-disk", help="Delete each downloaded shard after use.")] = False,
+    distributed: Distributed = False,
 ) -> None:
     """Turn a Hugging Face model into an Orbax checkpoint, tensor by tensor; the same command goes on after a stop."""
     from qwq_jax import runtime
     from qwq_jax.jobs import convert as job
 
-    runtime.start()
+    runtime.start(distributed=distributed)
     job.convert(source, dest, dtype=dtype, quantize=quantize, allow_nan=allow_nan, low_disk=low_disk)
 
 

@@ -17,8 +17,6 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-import jax
-
 # The store has no public name; libraries that need it (Orbax among them) take it from here.
 from jax._src import distributed
 from jax.errors import JaxRuntimeError
@@ -94,9 +92,11 @@ class Peers:
     @classmethod
     def meet(cls, stop: Callable[[], bool]) -> Self:
         """The processes that `jax.distributed` brought together; this one alone if it did not."""
-        if jax.process_count() == 1:
+        # Asked of JAX itself, their number would start its devices, which not every job needs.
+        state = distributed.global_state
+        if state.client is None or state.num_processes == 1:
             return cls(stop)
-        return cls(stop, index=jax.process_index(), count=jax.process_count(), store=distributed.global_state.client)
+        return cls(stop, index=state.process_id, count=state.num_processes, store=state.client)
 
     def __enter__(self) -> Self:
         if self._watch is not None:

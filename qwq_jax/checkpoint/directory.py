@@ -8,6 +8,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -153,6 +154,17 @@ def explained(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise ValueError(f"{what}: {reason(error)}") from error
+
+
+@contextmanager
+def os_errors() -> Iterator[None]:
+    """A full disk comes from tensorstore as a ValueError with the system's error number in its text."""
+    try:
+        yield
+    except ValueError as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        text = re.split(r"\[(?:source locations|tensorstore_spec)", str(error))[0].strip()
+        raise (OSError(text) if code is None else OSError(int(code[1]), text)) from error
 
 
 def reason(error: OSError) -> str:

@@ -23,10 +23,8 @@ import hashlib
 import json
 import math
 import os
-import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
@@ -39,7 +37,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from qwq_jax.checkpoint.damage import restoring
-from qwq_jax.checkpoint.directory import Directory, LocalDirectory, explained, open_directory
+from qwq_jax.checkpoint.directory import Directory, LocalDirectory, explained, open_directory, os_errors
 from qwq_jax.checkpoint.manifest import FORMAT_VERSION, QUANTIZED_VERSION, Manifest, TensorRecord, read_manifest
 from qwq_jax.checkpoint.quantized import stored_spec
 from qwq_jax.config.model import ModelConfig
@@ -138,6 +136,12 @@ class CheckpointWriter:
         names = [name for name in folder.sizes() if name.endswith(".json") and f"{PARTIAL}/{name}" != _IDENTITY]
         return [TensorRecord.model_validate_json(folder.read(name)) for name in sorted(names)]
 
+    def look_again(self) -> None:
+        """Takes note of the tensors that other processes have finished; of an unfinished checkpoint."""
+        assert not self.is_committed
+        with explained(f"cannot read {self.directory.path}"):
+            self.finished = {record.path: record for record in self._partial_records()}
+
     def remember(self, name: str, value: bytes) -> bytes:
         """Returns what the first run of this job gave here; kept until the checkpoint is committed."""
         known = self._read_optional(f"{PARTIAL}/{name}")
@@ -168,7 +172,7 @@ class CheckpointWriter:
         with explained(f"cannot write {self.directory.path}/{folder}"):
             self.directory.delete(folder)
             try:
-                with _os_errors():
+                with os_errors():
                     _write_array(f"{self.directory.path}/{folder}", spec, array)
                 self.directory.sync(folder)
                 self.directory.write(f"{PARTIAL}/{record.path}.json", record.model_dump_json().encode())
@@ -378,7 +382,7 @@ def _restore(checkpoint: Checkpoint, layout: Layout | None, dtypes: Mapping[str,
         )
     checkpointing = ocp.Checkpointer(handler, multiprocessing_options=options)
     with checkpointing as checkpointer, explained(f"cannot read {checkpoint.path}"):
-        with restoring(checkpoint.path, abstract), _os_errors():
+        with restoring(checkpoint.path, abstract), os_errors():
             return checkpointer.restore(_place(checkpoint.path), args=arguments)
 
 
@@ -423,7 +427,7 @@ def read_param(
     shape = spec.shape if order is None else tuple(spec.shape[axis] for axis in order)
     values = np.empty(shape, spec.dtype) if out is None else out.view(spec.dtype).reshape(shape)
     folder = f"{checkpoint.path}/{PARAMS}/{name}"
-    with explained(f"cannot read {folder}"), _os_errors():
+    with explained(f"cannot read {folder}"), os_errors():
         described = {"driver": "zarr3", "kvstore": _kvstore(folder), "fill_missing_data_reads": False}
         store = ts.open(described, open=True).result()
         ts.array(values).write(store if order is None else store.transpose(list(order))).result()
@@ -485,14 +489,3 @@ def _orbax_metadata(spec: Mapping[str, ArraySpec]) -> dict[str, bytes]:
     encoded = {f"{PARAMS}/{name}": json.dumps(value).encode() for name, value in files.items()}
     # Orbax's own marker, which it asks for in buckets. Ours covers more, and is the one that counts.
     return encoded | {f"{PARAMS}/commit_success.txt": b"Checkpoint commit was successful\n"}
-
-
-@contextmanager
-def _os_errors() -> Iterator[None]:
-    """A full disk comes from tensorstore as a ValueError with the system's error number in its text."""
-    try:
-        yield
-    except ValueError as error:
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        text = re.split(r"\[(?:source locations|tensorstore_spec)", str(error))[0].strip()
-        raise (OSError(text) if code is None else OSError(int(code[1]), text)) from error

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,8 +38,10 @@ from qwq_jax.checkpoint.store import CheckpointWriter
 from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.weights import WeightFormat, parse_weights
 from qwq_jax.interrupt import Interrupted, StopRequested
+from qwq_jax.jobs.conversion_team import ConversionTeam
 from qwq_jax.model.quantize import SCALE
 from qwq_jax.model.spec import ArraySpec, model_spec
+from qwq_jax.processes import Peers
 
 LOG = logging.getLogger(__name__)
 
@@ -107,6 +110,8 @@ def convert(
 ) -> ConvertReport:
     """Converts a Hugging Face checkpoint; the same call goes on where a killed one stopped.
 
+    Where `jax.distributed` has brought several processes together each converts a part, and all must see `dest`.
+
     Args:
         source: Local directory, ``gs://`` address or hub id.
         dest: Local directory or ``gs://`` address: new, empty, or left unfinished by the same call.
@@ -124,56 +129,79 @@ def convert(
     if quantize is not None and allow_nan:
         raise ValueError("weights that are NaN or infinite cannot be quantised: leave --allow-nan or --quantize out")
     options = ConvertOptions(dtype, allow_nan, parse_weights(quantize) if quantize is not None else None)
-    with sole_writer(dest), StopRequested() as stop:
-        report = _convert(source, dest, options, low_disk=low_disk, stop=stop)
-    print(f"{dest}: {report.sentence}")
+    with StopRequested() as stop, Peers.meet(stop) as peers:
+        with sole_writer(dest) if peers.index == 0 else nullcontext():
+            report = _convert(source, dest, options, low_disk=low_disk, peers=peers)
+    if peers.index == 0:
+        print(f"{dest}: {report.sentence}")
     return report
 
 
-def _convert(source: str, dest: str, options: ConvertOptions, *, low_disk: bool, stop: StopRequested) -> ConvertReport:
+def _convert(source: str, dest: str, options: ConvertOptions, *, low_disk: bool, peers: Peers) -> ConvertReport:
     started = time.monotonic()
     with explained(f"cannot read {source}"):
         opened = open_source(source, low_disk=low_disk)
         identity = options.identity(opened.fingerprint)
+    peers.require_same({"source": identity, "destination": dest})
     config = _read_config(opened)
     shapes = {tensor.name: tensor.shape for tensor in opened.tensors.values()}
     table = match_tensors(config, shapes, opened.directory.path)
     spec = _destination_spec(config, table, opened.tensors, options)
-    writer = CheckpointWriter(dest, spec, identity=identity, origin=source)
+    team = ConversionTeam(peers, dest)
+    writer = team.open(lambda: CheckpointWriter(dest, spec, identity=identity, origin=source))
     if writer.is_committed:
+        team.begin(writer)
         return ConvertReport(len(spec), 0, 0, time.monotonic() - started)
-    todo = _in_file_order(table, opened.tensors, writer)
-    total = sum(info.nbytes for _, info in todo)
+    missing = _in_file_order(table, opened.tensors, writer)
+    todo = team.share_of(missing)
     try:
-        _check_space(writer)
-        _prepare_downloads(opened, writer)
+        if team.leads:
+            _check_space(writer)
+        _prepare_downloads(opened, writer, peers.index)
         # Finished tensors were written after this.
-        if config.tie_word_embeddings and TIED_HEAD in opened.tensors and not writer.finished:
+        if team.leads and config.tie_word_embeddings and TIED_HEAD in opened.tensors and not writer.finished:
             _check_tied_head(opened)
         _release(opened, but={info.file for _, info in todo})
-        with progress_bar() as progress:
-            task = progress.add_task("converting", total=total)
+        team.begin(writer)
+        with progress_bar(shown=team.leads) as progress:
+            task = progress.add_task("converting", total=sum(info.nbytes for _, info in todo))
             pipeline = _Pipeline(opened, writer, allow_nan=options.allow_nan, progress=progress, task=task)
-            pipeline.run(todo, stop)
-        if len(writer.finished) < len(spec):
-            raise Interrupted(f"{len(writer.finished)} of {len(spec)} tensors are in {dest}; the same command goes on")
-        with explained(f"cannot read {source}"):
-            files = {name: opened.directory.read(name) for name in opened.companions}
-        writer.commit(config, files, options.weights)
-        _warn_of_tokenizer(writer.directory)
+            pipeline.run(todo, peers.stopping)
+        team.gather(writer)
+        if team.leads:
+            _commit(opened, writer, config, options.weights, team)
     except NonFiniteError:
-        writer.abandon()  # no part of it can be used: the same weights are refused again
+        if team.may_abandon:
+            writer.abandon()  # no part of it can be used: the same weights are refused again
         raise
     except ValueError as error:
-        if not writer.finished:
-            writer.abandon()
+        if not writer.finished or not team.leads:
+            if team.may_abandon:
+                writer.abandon()
             raise
         raise ValueError(
             f"{error}; {len(writer.finished)} tensors are kept, the same command goes on from there"
         ) from error
     finally:
         _release(opened)
-    return ConvertReport(len(spec), len(todo), total, time.monotonic() - started)
+    nbytes = sum(info.nbytes for _, info in missing)
+    return ConvertReport(len(spec), len(missing), nbytes, time.monotonic() - started)
+
+
+def _commit(
+    source: Source, writer: CheckpointWriter, config: ModelConfig, weights: WeightFormat | None, team: ConversionTeam
+) -> None:
+    """What makes a checkpoint of the tensors, if all of them are there."""
+    dest, found, wanted = writer.directory.path, len(writer.finished), len(writer.spec)
+    if found < wanted:
+        stopped = f"{found} of {wanted} tensors are in {dest}; the same command goes on"
+        team.conclude(stopped)
+        raise Interrupted(stopped)
+    with explained(f"cannot read {source.directory.path}"):
+        files = {name: source.directory.read(name) for name in source.companions}
+    writer.commit(config, files, weights)
+    team.conclude()
+    _warn_of_tokenizer(writer.directory)
 
 
 def _warn_of_tokenizer(directory: Directory) -> None:
@@ -231,10 +259,11 @@ def _check_tied_head(source: Source) -> None:
         )
 
 
-def _prepare_downloads(source: Source, writer: CheckpointWriter) -> None:
+def _prepare_downloads(source: Source, writer: CheckpointWriter, process: int) -> None:
     """What a killed run has downloaded is to be deleted after use; what the cache held before that run is not."""
     if isinstance(source.directory, HubDirectory):
-        before = writer.remember("cached-files", json.dumps(sorted(source.directory.kept)).encode())
+        name = f"cached-files-{process}" if process else "cached-files"  # each machine has a cache of its own
+        before = writer.remember(name, json.dumps(sorted(source.directory.kept)).encode())
         source.directory.kept = set(json.loads(before))
 
 
@@ -261,11 +290,10 @@ def _in_file_order(
     return sorted(todo, key=lambda pair: (pair[1].file, pair[1].start))
 
 
-def progress_bar() -> Progress:
+def progress_bar(*, shown: bool = True) -> Progress:
     """Bytes, bytes a second, time left."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    return Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), disable=not shown)
 
 
 def _hash_as(values: np.ndarray, dtype: np.dtype) -> str:
