@@ -283,7 +283,9 @@ def main() -> None:
     use_threads(options.threads)
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as temporary:
-        outcomes = measure(options, config, options.workdir or Path(temporary))
+        folder = options.workdir or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        outcomes = measure(options, config, folder)
     versions = {"qwq_jax": __version__, **{name: version(name) for name in ("jax", "flax", "optax")}}
     setting = Setting(
         command=shown_command(sys.argv[1:]),

@@ -232,6 +232,11 @@ def measure_machine(repetitions: int) -> Topology:
     total = jax.jit(lambda x: jnp.sum(x))
     flops = 2 * 2048**3 / best_seconds(Compiled(_NOTHING, lambda: product(square).block_until_ready()), 4 * repetitions)
     bandwidth = long.nbytes / best_seconds(Compiled(_NOTHING, lambda: total(long).block_until_ready()), repetitions)
+    return machine_of(bandwidth, flops)
+
+
+def machine_of(bandwidth: float, flops: float) -> Topology:
+    """A slice of one device with these peaks."""
     return Topology(CHIP, Chip(CHIP, bandwidth, flops, None, 1.0, 1), (1,))
 
 

@@ -326,3 +326,19 @@ def test_a_released_engine_holds_no_memory_until_it_has_weights_again(tiny_confi
         {path: jax.device_put(x, layout.sharding(spec[path].axes, x.shape)) for path, x in params.items()}
     )
     assert tokens_of(list(engine.generate(requests_of(prompts)))) == greedy and engine.runner.compiles == compiled
+
+
+@pytest.mark.slow
+def test_rows_that_close_ranks_keep_their_tokens(
+    tiny_config: ModelConfig, params: Params, prompts: list[tuple[int, ...]]
+) -> None:
+    """The last of twelve answer longest, and move to lower rows with tokens that only the devices know."""
+    requests = [
+        Request(f"r{i}", prompt, SamplingParams(max_tokens=12 + 2 * i, temperature=0.0, ignore_eos=True))
+        for i, prompt in enumerate([*prompts[:6], *prompts[:6]])
+    ]
+    few = tokens_of(list(make_engine(tiny_config, params).generate(requests)))
+    engine = make_engine(tiny_config, params, max_sequences=12, max_prefill_sequences=12, prefill_chunk=128)
+    assert tokens_of(list(engine.generate(requests))) == few
+    assert isinstance(engine.runner, DeviceRunner)
+    assert {program.decode_rows for program in engine.runner._programs} == {8, 12}

@@ -70,6 +70,8 @@ class HashRunner:
         D = plan.program.decode_rows
         drawn = np.full((1 if plan.program.prefill_tokens else self.shape.decode_window, D), -1)
         assert arrays["steps"][0] <= len(drawn)
+        for known in (self._token, self._alive):
+            known[replica, :D] = known[replica, arrays["origin"]]
         for row in range(D):
             if arrays["token"][row] >= 0:
                 self._token[replica, row], self._alive[replica, row] = arrays["token"][row], True
@@ -242,6 +244,21 @@ def test_preemption_happens_and_changes_nothing() -> None:
     assert engine.scheduler.preemptions > 3, "the test is meant to run out of pages"
     assert [c.request_id for c in completions] == [r.request_id for r in requests], "the oldest is meant to go on"
     check_answers(requests, completions, shape)
+
+
+@pytest.mark.parametrize("growth, sizes", [(2, [20, 10, 8]), (4, [20, 8])])
+def test_rows_close_ranks_as_others_end(growth: int, sizes: list[int]) -> None:
+    """Those that answer longest came last, in the highest rows; tokens known to the devices alone move with them."""
+    shape = shape_of(replicas=1, max_sequences=20, max_context=160, num_pages=800, growth=growth)
+    engine = engine_of(shape)
+    requests = [make_request(f"r{i}", 6, max_tokens=40 + 4 * i, ignore_eos=True) for i in range(20)]
+    check_answers(requests, list(engine.generate(requests)), shape)
+    windows = [plan for plan in engine.runner.plans if not plan.program.prefill_tokens]
+    rows = [plan.program.decode_rows for plan in windows]
+    assert rows == sorted(rows, reverse=True) and sorted(set(rows), reverse=True) == sizes
+    moved = [plan for plan in windows if (plan.arrays["origin"] != np.arange(plan.program.decode_rows)).any()]
+    assert len(moved) == len(sizes) - 1
+    assert all((plan.arrays["token"][plan.arrays["budget"] > 0] < 0).any() for plan in moved)
 
 
 def test_first_come_is_first_served_and_replicas_share_the_load() -> None:

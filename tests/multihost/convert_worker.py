@@ -5,6 +5,7 @@
 
 import os
 import sys
+
 import numpy as np
 
 from qwq_jax import __main__ as command_line
