@@ -122,7 +122,8 @@ def convert(
     from qwq_jax.jobs import convert as job
 
     runtime.start(distributed=distributed)
-    job.convert(source, dest, dtype=dtype, quantize=quantize, allow_nan=allow_nan, low_disk=low_disk)
+    words = {"dtype": dtype, "quantize": quantize, "allow_nan": allow_nan, "low_disk": low_disk}
+    job.convert(source, dest, **words, together=distributed)
 
 
 @app.command(epilog="Example: `qwq-jax export runs/sft/model-000800 exported`")

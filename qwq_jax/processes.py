@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+import jax
+
 # The store has no public name; libraries that need it (Orbax among them) take it from here.
 from jax._src import distributed
 from jax.errors import JaxRuntimeError
@@ -90,11 +92,21 @@ class Peers:
         self._watch = None if store is None else _Watch(store, index)
 
     @classmethod
-    def meet(cls, stop: Callable[[], bool]) -> Self:
-        """The processes that `jax.distributed` brought together; this one alone if it did not."""
-        # Asked of JAX itself, their number would start its devices, which not every job needs.
+    def meet(cls, stop: Callable[[], bool], *, starts_devices: bool = True) -> Self:
+        """The processes that `jax.distributed` brought together; this one alone if it did not.
+
+        Args:
+            stop: As of the class.
+            starts_devices: Whether JAX may be asked for its devices.
+
+        Raises:
+            ValueError: The devices are those of several processes, which have not been brought together.
+        """
         state = distributed.global_state
-        if state.client is None or state.num_processes == 1:
+        count = 1 if state.client is None else state.num_processes
+        if starts_devices and jax.process_count() != count:
+            raise ValueError(f"the devices here belong to {jax.process_count()} processes: give --distributed to each")
+        if count == 1:
             return cls(stop)
         return cls(stop, index=state.process_id, count=state.num_processes, store=state.client)
 
@@ -265,7 +277,7 @@ class _Watch(threading.Thread):
                 index = key.rpartition("/")[2]
                 told = f"failed: {value}" if "/failed/" in key else f"has not been heard of for {self._patience:.0f} s"
                 print(
-                    f"interrupted: process {index} {told}; what is answered is saved, the same command goes on",
+                    f"interrupted: process {index} {told}; what is finished is saved, the same command goes on",
                     file=sys.stderr,
                     flush=True,
                 )

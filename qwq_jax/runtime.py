@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+from jax._src import distributed  # as `processes` takes it
 
 from qwq_jax.interrupt import Interrupted, StopRequested
 
@@ -102,7 +103,8 @@ def default_compute_dtype() -> Literal["float32", "bfloat16"]:
 
 def log_to_stderr() -> None:
     """Shows this package's log from `INFO` and everybody else's from `WARNING`, each line with its process if many."""
-    process = f" p{jax.process_index()}" if jax.distributed.is_initialized() else ""
+    # JAX itself would start its devices to say which process this is.
+    process = f" p{distributed.global_state.process_id}" if jax.distributed.is_initialized() else ""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"%(asctime)s{process} %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)

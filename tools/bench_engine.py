@@ -14,6 +14,7 @@ On a busy machine torch's threads wait for each other at every operation: give i
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -294,9 +295,10 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[Runner], li
             runners.append(Runner(name, run, part, foresees=order == "oracle"))
     other = load_peer(folder / "source")  # of its own, because it changes the model's attention
     continuous = Runner("transformers, continuous batching", partial(generate_continuously, other), work)
-    refused = "left out" if options.no_continuous else attempt(continuous)
-    runners += [] if refused else [continuous]
+    refused = None if options.no_continuous else attempt(continuous)
+    runners += [] if refused or options.no_continuous else [continuous]
     notes += [f"transformers' continuous batching does not run here: {refused}"] if refused else []
+    notes += ["transformers' continuous batching was left out"] if options.no_continuous else []
     take_turns(runners, options.repetitions, config.vocab_size)
     small = Engine.from_checkpoint(str(folder / "checkpoint"), config=engine_config(1))
     notes.append(single_stream(small, model, config.vocab_size, (min(128, options.prompt), options.stream)))
@@ -360,7 +362,7 @@ def report(options: argparse.Namespace, runners: list[Runner], notes: list[str],
     lines = [
         "# The engine beside transformers, on a CPU",
         "",
-        "    python -m tools.bench_engine --write docs/benchmarks/engine.md",
+        f"    {shlex.join(['python', '-m', 'tools.bench_engine', *options.words])}",
         "",
         f"A random Qwen2 model of the shape of SmolLM2-135M ({options.layers} layers, float32), {options.requests} "
         f"requests with prompts of 16 to {options.prompt} tokens",
@@ -368,8 +370,8 @@ def report(options: argparse.Namespace, runners: list[Runner], notes: list[str],
         f"{os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads, transformers "
         f"{transformers.__version__},",
         f"{options.repetitions} repetitions in turns; load average {load:.1f} when it began (1 a busy core).",
-        "Static batches run until their longest row ends, and only wanted tokens count; batches of 1 are measured on",
-        f"the first {options.single} requests.",
+        "Static batches run until their longest row ends, and only wanted tokens count"
+        + (f"; those of 1 are measured on the first {options.single} requests." if 1 in options.batches else "."),
         "",
         "| | tokens/s, best | median | qwq_jax over it |",
         "|---|---|---|---|",
@@ -424,7 +426,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--write", type=Path, help="a markdown file")
     parser.add_argument("--workdir", type=Path, help="where the model is put and left; else somewhere temporary")
     parser.add_argument("--first-token", help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.words = list(arguments)
+    return options
 
 
 if __name__ == "__main__":

@@ -200,7 +200,12 @@ class LocalDirectory:
     def sizes(self) -> dict[str, int]:  # noqa: D102
         if not self._root.is_dir():
             return {}
-        return {entry.name: entry.stat().st_size for entry in os.scandir(self._root) if entry.is_file()}
+        found: dict[str, int] = {}
+        for entry in os.scandir(self._root):
+            with suppress(FileNotFoundError):  # another process has put it in its place meanwhile
+                if entry.is_file():
+                    found[entry.name] = entry.stat().st_size
+        return found
 
     def children(self) -> set[str]:  # noqa: D102
         if self._root.exists() and not self._root.is_dir():

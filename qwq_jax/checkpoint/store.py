@@ -140,7 +140,7 @@ class CheckpointWriter:
         """Takes note of the tensors that other processes have finished; of an unfinished checkpoint."""
         assert not self.is_committed
         with explained(f"cannot read {self.directory.path}"):
-            self.finished = {record.path: record for record in self._partial_records()}
+            self.finished |= {record.path: record for record in self._partial_records()}
 
     def remember(self, name: str, value: bytes) -> bytes:
         """Returns what the first run of this job gave here; kept until the checkpoint is committed."""

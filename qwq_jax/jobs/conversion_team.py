@@ -58,6 +58,13 @@ class ConversionTeam:
         finished = set(self._peers.require("destination"))
         self._wait(lambda: bool(open_directory(self._dest).children()), "what process 0 has begun there")
         writer = claim()
+
+        def seen() -> bool:
+            writer.look_again()
+            return finished <= writer.finished.keys()
+
+        if not writer.is_committed:
+            self._wait(seen, "tensors that were finished before")
         # What others have finished meanwhile is theirs: all divide the same tensors.
         writer.finished = {name: record for name, record in writer.finished.items() if name in finished}
         return writer

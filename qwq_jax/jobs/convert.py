@@ -41,7 +41,7 @@ from qwq_jax.interrupt import Interrupted, StopRequested
 from qwq_jax.jobs.conversion_team import ConversionTeam
 from qwq_jax.model.quantize import SCALE
 from qwq_jax.model.spec import ArraySpec, model_spec
-from qwq_jax.processes import Peers
+from qwq_jax.processes import PeerFailed, Peers
 
 LOG = logging.getLogger(__name__)
 
@@ -107,10 +107,9 @@ def convert(
     quantize: str | None = None,
     allow_nan: bool = False,
     low_disk: bool = False,
+    together: bool = False,
 ) -> ConvertReport:
     """Converts a Hugging Face checkpoint; the same call goes on where a killed one stopped.
-
-    Where `jax.distributed` has brought several processes together each converts a part, and all must see `dest`.
 
     Args:
         source: Local directory, ``gs://`` address or hub id.
@@ -119,6 +118,7 @@ def convert(
         quantize: Store the projections as ``"int8"``, ``"int4"``, ... (see `config.weights`); ``None``: as `dtype`.
         allow_nan: Accept weights with NaN or infinity.
         low_disk: Of a hub id, delete each downloaded file after use.
+        together: All processes that `jax.distributed` knows call this, each converts a part, and all must see `dest`.
 
     Raises:
         ValueError: Bad input or a failing disk, in one sentence.
@@ -129,7 +129,9 @@ def convert(
     if quantize is not None and allow_nan:
         raise ValueError("weights that are NaN or infinite cannot be quantised: leave --allow-nan or --quantize out")
     options = ConvertOptions(dtype, allow_nan, parse_weights(quantize) if quantize is not None else None)
-    with StopRequested() as stop, Peers.meet(stop) as peers:
+    with StopRequested() as stop, Peers.meet(stop, starts_devices=False) if together else Peers(stop) as peers:
+        if low_disk and peers.count > 1:
+            raise ValueError("--low-disk would delete files that other processes still read: leave it out")
         with sole_writer(dest) if peers.index == 0 else nullcontext():
             report = _convert(source, dest, options, low_disk=low_disk, peers=peers)
     if peers.index == 0:
@@ -157,7 +159,7 @@ def _convert(source: str, dest: str, options: ConvertOptions, *, low_disk: bool,
     try:
         if team.leads:
             _check_space(writer)
-        _prepare_downloads(opened, writer, peers.index)
+        _prepare_downloads(opened, writer)
         # Finished tensors were written after this.
         if team.leads and config.tie_word_embeddings and TIED_HEAD in opened.tensors and not writer.finished:
             _check_tied_head(opened)
@@ -170,9 +172,12 @@ def _convert(source: str, dest: str, options: ConvertOptions, *, low_disk: bool,
         team.gather(writer)
         if team.leads:
             _commit(opened, writer, config, options.weights, team)
-    except NonFiniteError:
-        if team.may_abandon:
-            writer.abandon()  # no part of it can be used: the same weights are refused again
+    except PeerFailed:
+        raise  # its sentence says all
+    except NonFiniteError as error:
+        if not team.may_abandon:
+            raise ValueError(f"{error}; delete {dest}, of which nothing can be used") from None
+        writer.abandon()  # no part of it can be used: the same weights are refused again
         raise
     except ValueError as error:
         if not writer.finished or not team.leads:
@@ -259,11 +264,10 @@ def _check_tied_head(source: Source) -> None:
         )
 
 
-def _prepare_downloads(source: Source, writer: CheckpointWriter, process: int) -> None:
+def _prepare_downloads(source: Source, writer: CheckpointWriter) -> None:
     """What a killed run has downloaded is to be deleted after use; what the cache held before that run is not."""
     if isinstance(source.directory, HubDirectory):
-        name = f"cached-files-{process}" if process else "cached-files"  # each machine has a cache of its own
-        before = writer.remember(name, json.dumps(sorted(source.directory.kept)).encode())
+        before = writer.remember("cached-files", json.dumps(sorted(source.directory.kept)).encode())
         source.directory.kept = set(json.loads(before))
 
 

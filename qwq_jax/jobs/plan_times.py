@@ -149,7 +149,9 @@ def _sft(job: Job, seconds: Mapping[str, Seconds], topology: Topology) -> tuple[
         "run_seconds": step.total * job.config.last_step,
         "tokens_per_second": tokens / step.total,
         "tokens_per_second_per_chip": tokens / step.total / topology.chips,
-        "mfu": _mfu(job.model, topology, tokens=tokens, passes=3.0, seconds=step.total, context=_mean_context(job)),
+        "mfu": _mfu(
+            job.model, topology, tokens=tokens, passes=_products(job), seconds=step.total, context=_mean_context(job)
+        ),
     }
     return (Part("step", "step", 1.0, step),), facts
 
@@ -189,12 +191,17 @@ def _rl(
             job.model,
             topology,
             tokens=completed * config.passes_per_step,
-            passes=3.0,
+            passes=_products(job),
             seconds=learning,
             context=_mean_context(job),
         ),
         "mbu": _mbu(job, seconds["decode"], topology, rows, decode_mesh.tensor),
     }
+
+
+def _products(job: Job) -> float:
+    """Products of each weight with a token: its own gradient is one, which frozen weights beside adapters have not."""
+    return 2.0 if job.config.lora is not None else 3.0
 
 
 def _mfu(
@@ -208,6 +215,6 @@ def _mfu(
         context=context,
         heads=model.num_layers * model.num_heads,
         head_dim=model.head_dim,
-        passes=passes,
+        passes=3.0,
     )
     return products / (seconds * topology.chip.bf16 * topology.chips)

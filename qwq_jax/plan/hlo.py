@@ -171,6 +171,10 @@ def walk(module: Module, name: str, times: int = 1) -> Iterator[tuple[Operation,
         for field in ("calls", "to_apply"):
             if each.kind in ("fusion", "call", "async-start") and (inner := each.called(field)):
                 yield from walk(module, inner, times)
+        # What tpu7x hands to its sparse cores, such as all-reduces.
+        if each.kind == "custom-call-start" and (handed := re.search(r"called_computations=\{([^}]*)\}", each.rest)):
+            for inner in _NAMES.findall(handed[1]):
+                yield from walk(module, inner, times)
 
 
 def decode_round(module: Module) -> str:
@@ -269,8 +273,6 @@ def collectives(module: Module, name: str) -> list[Collective]:
     found: dict[tuple[str, int, int, int], int] = {}
     for each, times, where in walk(module, name):
         kind = each.kind.removesuffix("-start")
-        if re.match(r"all-reduce\S*call-start$", each.name):  # on tpu7x, handed to the sparse cores
-            kind = "all-reduce"
         if kind not in _COLLECTIVES:
             continue
         group, stride = _group(each)

@@ -77,6 +77,13 @@ def test_paged_decode_without_prefill(rng):
     check(batch, serve(batch), TOLERANCE)
 
 
+@pytest.mark.parametrize("before", [0, 126, 127, 128, 254, 255, 256, 400])
+def test_a_row_alone_reads_as_many_pages_as_hold_it(before, rng):
+    """Around the bounds of the narrower ways to read it, of 128 and 256 tokens."""
+    batch = make_batch(rng, [(before, True)], [], heads=(5, 1), page=32, width=16)
+    check(batch, serve(batch), TOLERANCE)
+
+
 # Rounding to the nearest of 254 steps between the extremes; to 3 or 2 bits after the leading one.
 @pytest.mark.parametrize(("dtype", "bound"), [("int8", 0.5 / 127), ("float8_e4m3fn", 2**-4), ("float8_e5m2", 2**-3)])
 def test_an_8_bit_cache_is_as_exact_as_its_type(dtype, bound, rng):

@@ -86,3 +86,17 @@ def test_other_sources_are_refused(source: Path, tmp_path: Path) -> None:
     assert [end.returncode for end in ends] == [2, 2], ends
     assert all("process 1 was given another source than process 0" in end.stderr for end in ends), ends
     assert not (tmp_path / "checkpoint").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_while_it_committed_is_finished(
+    source: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Between the manifest and the marker, when the records of the tensors are gone already."""
+    dest = tmp_path / "checkpoint"
+    convert(str(source), str(dest))
+    (dest / "COMMITTED").unlink()
+    assert not (dest / "partial").exists()
+    ends = run(source, dest)
+    assert [end.returncode for end in ends] == [0, 0], ends
+    assert files_of(dest) == expected

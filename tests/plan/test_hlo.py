@@ -80,6 +80,30 @@ def test_a_loop_counts_as_often_as_it_runs_and_of_branches_the_larger() -> None:
     ]
 
 
+# What tpu7x hands to its sparse cores: the exchange stands in a computation that the start of the call names.
+HANDED_OVER = """
+%handed (p: bf16[64,8]) -> bf16[64,8] {
+  %p = bf16[64,8]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-reduce.3 = bf16[64,8]{1,0} all-reduce(%p), replica_groups=mesh['axis_0'=8] {'axis_0'}, to_apply=%add
+}
+
+ENTRY %main (a: bf16[64,8]) -> bf16[64,8] {
+  %a = bf16[64,8]{1,0} parameter(0)
+  %all-reduce.1.call-start = ((), (), (s32[16]{0:S(8)}, s32[0]{0:T(1)S(4)})) custom-call-start(), \
+custom_call_target="offload", called_computations={%handed}
+  %all-reduce.1.call-update = ((bf16[64,8]{1,0}), bf16[64,8]{1,0}, (s32[16]{0:S(8)})) \
+custom-call-update(%all-reduce.1.call-start, %a)
+  ROOT %all-reduce.1.call-done = bf16[64,8]{1,0} custom-call-done(%all-reduce.1.call-update)
+}
+"""
+
+
+def test_an_exchange_that_is_handed_over_counts_once() -> None:
+    assert collectives(parse(HANDED_OVER.replace("\\\n", "")), "ENTRY") == [
+        Collective("all-reduce", 8, 1, 64 * 8 * 2, 1)
+    ]
+
+
 def test_a_loop_that_may_end_early_counts_once() -> None:
     always = "ROOT %lt = pred[] compare(%i, %limit), direction=LT"
     early = f"{always[5:]}\n  %all = pred[] constant(true)\n  ROOT %and = pred[] and(%lt, %all)"

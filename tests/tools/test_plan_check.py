@@ -35,7 +35,7 @@ def test_the_first_of_a_kind_calibrates_and_the_rest_are_judged(monkeypatch: pyt
     monkeypatch.setattr(plan_check, "best_seconds", lambda compiled, repetitions: next(taken))
     machine = plan_check.machine_of(bandwidth=1e12, flops=1e12)
     lines, worst = compare(tuple(Case("step", 64, layers, 1, 1) for layers in costs), machine, 1)
-    # One second a teraflop, ten times what the roofline says: the others should take 20 and 40 ms.
+    # Ten seconds a teraflop, ten times what the roofline says: the others should take 20 and 40 ms.
     assert "calibrates: x 10.00" in lines[0] and "0.67 of measured" in lines[1] and "0.80 of measured" in lines[2]
     assert worst == pytest.approx(1 / 3)
 
