@@ -92,7 +92,8 @@ def test_bad_usage_exits_2_without_a_traceback(capsys, arguments, sentence):
 def test_convert_passes_its_options(job):
     calls = job("convert")
     assert command_line.main(["convert", "a", "b", "--dtype", "float32", "--low-disk"]) == 0
-    assert calls == [(("a", "b"), {"dtype": "float32", "quantize": None, "allow_nan": False, "low_disk": True})]
+    options = {"dtype": "float32", "quantize": None, "allow_nan": False, "low_disk": True}
+    assert calls == [(("a", "b"), options | {"together": False})]
 
 
 def test_settings_reach_the_engine_the_mesh_and_the_sampler(job, tmp_path):
