@@ -108,7 +108,7 @@ class Peers:
             raise ValueError(f"the devices here belong to {jax.process_count()} processes: give --distributed to each")
         if count == 1:
             return cls(stop)
-        return cls(stop, index=state.process_id, count=state.num_processes, store=state.client)
+        return cls(stop, index=state.process_id, count=count, store=state.client)
 
     def __enter__(self) -> Self:
         if self._watch is not None:

@@ -38,7 +38,6 @@ from qwq_jax.sharding import decode_layout, make_mesh
 
 TOLERANCE = 0.25
 CHIP = "this machine"
-FLOAT = 4
 
 
 @dataclass(frozen=True)
@@ -173,15 +172,16 @@ def decoding(case: Case) -> Compiled:
     compiled = lowered.compile()
     params, cache, carry, _ = jax.device_put(jax.tree.map(_filled, lowered.in_avals[0]))
     packed = jnp.asarray(pack(_plan(shape, program, case.tokens), shape))
+    live = case.rows * case.tokens / (shape.num_pages * shape.page_size)  # of all that the cache can hold
+    read = int(live * sum(pages.nbytes for pages in jax.tree.leaves(cache)))
     held = [cache, carry]
 
     def run() -> None:
         *held[:], _ = jax.block_until_ready(compiled(params, *held, packed))
 
-    live = case.rows * case.tokens * case.layers * 2 * model.num_kv_heads * 64 * FLOAT
     heads = case.layers * model.num_heads
-    added = attention_flops(queries=case.rows, context=case.tokens, heads=heads, head_dim=64)
-    return Compiled(cost_of(compiled, added_flops=added, added_bytes=live), run, shape.decode_window)
+    added = attention_flops(queries=case.rows, context=case.tokens, heads=heads, head_dim=model.head_dim)
+    return Compiled(cost_of(compiled, added_flops=added, added_bytes=read), run, shape.decode_window)
 
 
 def _plan(shape: EngineShape, program: Program, tokens: int) -> StepPlan:
