@@ -1,12 +1,16 @@
 r"""The reward for mathematics: symbolic equality of what the last ``\boxed{}`` holds and a known answer.
 
 math-verify reads LaTeX with a grammar, never with ``eval``: its way of reading plain expressions, which goes through
-``eval``, is not used. It gives up after some seconds, where it can be interrupted; where it cannot, the pool kills it.
+``eval``, is not used. It is interrupted after some seconds; where it cannot be, the pool kills it.
 """
 
+import contextlib
 import logging
 import re
+import signal
+from collections.abc import Iterator
 from importlib.util import find_spec
+from types import FrameType
 
 from qwq_jax.config.rewards import MathConfig
 from qwq_jax.rl.rewards.answers import answer_text, last_boxed, normalised
@@ -16,8 +20,38 @@ from qwq_jax.rl.types import Reply, Score, Task
 _SHOWN = 80
 # Longer is no answer; reading time grows with the square of it.
 _LONGEST = 2000
+# Of the seconds that the pool grants a reply, the part after which it is interrupted.
+_PATIENCE = 0.75
 # Letters that are a product to mathematics, whose factors may change places, but are a word to us.
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' -]{3,}")
+
+
+class OverdueError(BaseException):
+    """Time is up. Not an Exception: what the library makes of errors of its own must not swallow this one."""
+
+
+@contextlib.contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raises OverdueError in the block after so many seconds, and again ten times a second while the block goes on.
+
+    Once is not enough, which is why the library's own limits are not used: an exception raised while a finaliser or a
+    callback of the garbage collector happens to run is printed and forgotten, and the block would never end.
+    """
+
+    def overdue(signum: int, frame: FrameType | None) -> None:
+        raise OverdueError
+
+    before = signal.signal(signal.SIGALRM, overdue)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
+    try:
+        try:
+            yield
+        finally:
+            # Time may be up on the way into this line: the outer one is reached even so, a tenth of a second ahead.
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class MathReward:
@@ -34,12 +68,11 @@ class MathReward:
             raise ValueError("reward math needs math-verify: pip install 'qwq_jax[rl]'")
         import math_verify
 
-        # Reports each timeout with all of the text; the note of the score is enough.
+        # Would warn of every process that it has no limits of its own.
         logging.getLogger("math_verify").setLevel(logging.CRITICAL)
         self._library = math_verify
         self._digits = config.digits
-        # Three things may take so long: reading either side, and comparing.
-        self._seconds = max(1, int(config.seconds / 4))
+        self._seconds = config.seconds * _PATIENCE
 
     def score(self, task: Task, reply: Reply) -> Score:
         """Scores a reply; ValueError as in `known_answers`."""
@@ -49,7 +82,11 @@ class MathReward:
             return Score(0.0, False, r"no \boxed{}")
         if len(boxed) > _LONGEST:
             return Score(0.0, False, f"{len(boxed)} characters are no answer")
-        right = any(self._equal(answer, boxed) for answer in answers)
+        try:
+            with at_most(self._seconds):
+                right = any(self._equal(answer, boxed) for answer in answers)
+        except OverdueError:
+            return Score(0.0, False, f"not compared in {self._seconds:g} s: {boxed:.{_SHOWN}}")
         return Score(float(right), right, f"{boxed:.{_SHOWN}}")
 
     def _equal(self, answer: str, boxed: str) -> bool:
@@ -60,12 +97,12 @@ class MathReward:
         if _WORDS.fullmatch(words):
             return False
         known, given = self._read(answer), self._read(boxed)
-        return self._library.verify(known, given, float_rounding=self._digits, timeout_seconds=self._seconds)
+        return self._library.verify(known, given, float_rounding=self._digits, timeout_seconds=None)
 
     def _read(self, latex: str) -> list:
         latex = latex.strip().strip("$").rstrip(". ")
         return self._library.parse(
             rf"$\boxed{{{latex}}}$",
             extraction_config=[self._library.LatexExtractionConfig(boxed_match_priority=0)],
-            parsing_timeout=self._seconds,
+            parsing_timeout=None,
         )

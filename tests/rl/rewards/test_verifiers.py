@@ -5,6 +5,7 @@ says what decided.
 """
 
 import json
+import signal
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import reasoning_gym
 
 from qwq_jax.config.rewards import ArithmeticConfig, ExactConfig, MathConfig, NumericConfig, ReasoningGymConfig, Take
-from qwq_jax.rl.rewards.mathematics import MathReward
+from qwq_jax.rl.rewards.mathematics import MathReward, OverdueError, at_most
 from qwq_jax.rl.rewards.reward import make_reward
 from tests.rl.rewards.replies import reply, task
 
@@ -120,6 +121,20 @@ def test_what_cannot_be_computed_is_wrong_in_time(mathematics, written):
     started = time.monotonic()
     assert mathematics.score(task(answer="7"), reply(f"\\boxed{{{written}}}")).correct is False
     assert time.monotonic() - started < 4.0
+
+
+def test_a_limit_holds_where_an_interruption_is_lost():
+    """As in a callback of the garbage collector, which Python lets nothing leave."""
+    before = signal.getsignal(signal.SIGALRM)
+    lost = 0
+    with pytest.raises(OverdueError), at_most(0.05):
+        try:
+            time.sleep(5.0)
+        except OverdueError:
+            lost += 1
+        time.sleep(5.0)
+    assert lost == 1
+    assert (signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)) == (before, (0.0, 0.0))
 
 
 @pytest.mark.parametrize(
