@@ -97,12 +97,12 @@ class MathReward:
         if _WORDS.fullmatch(words):
             return False
         known, given = self._read(answer), self._read(boxed)
-        return self._library.verify(known, given, float_rounding=self._digits, timeout_seconds=None)
+        return self._library.verify(known, given, float_rounding=self._digits, timeout_seconds=0)
 
     def _read(self, latex: str) -> list:
         latex = latex.strip().strip("$").rstrip(". ")
         return self._library.parse(
             rf"$\boxed{{{latex}}}$",
             extraction_config=[self._library.LatexExtractionConfig(boxed_match_priority=0)],
-            parsing_timeout=None,
+            parsing_timeout=0,  # none of its own: `at_most`
         )
