@@ -1,13 +1,14 @@
 """Plans of QwQ-32B for slices of every kind of TPU, and beside published figures, into docs/benchmarks/plans.md.
 
     python -m tools.plan_tables                     all of it; what was compiled before is kept
-    python -m tools.plan_tables inference int8      a page of these tables only
+    python -m tools.plan_tables inference int8      these tables again; the others stay as the page has them
 
 Every figure is of programs that were compiled for the slice (`qwq-jax plan`). Nothing here was run on a chip.
 """
 
 import argparse
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -48,23 +49,32 @@ class Asked:
 SLICES = ("v4:2x2x4", "v5e:4x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1")
 TABLES: Mapping[str, Asked] = {
     "inference": Asked(
-        "Batch inference in bfloat16", "inference/qwq_32b.toml", "qwq-32b", (*SLICES, "v5e:2x4"), (1024, 4096)
+        "Batch inference in bfloat16",
+        "inference/qwq_32b.toml",
+        "qwq-32b",
+        (*SLICES, "v5e:2x4", "v5e:2x2"),
+        (1024, 4096),
     ),
     "int8": Asked(
         "Batch inference with 8-bit weights and cache",
         "inference/qwq_32b_int8.toml",
         "qwq-32b",
-        ("v4:2x2x4", "v5e:2x4", "v5p:2x2x1", "v6e:2x2"),
+        ("v4:2x2x4", "v5e:2x4", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"),
         (1024, 4096),
     ),
     "131k": Asked(
         "Contexts of up to 131,072 tokens",
         "inference/qwq_32b_131k.toml",
         "qwq-32b-yarn",
-        ("v4:2x2x4", "v5e:4x4", "v5p:2x2x2", "v6e:2x4"),
+        SLICES,
         (98_304, 16_384),
     ),
-    "rl": Asked("Reinforcement learning of all weights", "rl/qwq_32b_stage1.toml", "qwq-32b", ("v5p:4x4x4",)),
+    "rl": Asked(
+        "Reinforcement learning of all weights",
+        "rl/qwq_32b_stage1.toml",
+        "qwq-32b",
+        ("v5p:4x4x4", "tpu7x:4x4x4", "v4:4x4x8"),
+    ),
     "rl_v6e": Asked(
         "Reinforcement learning of all weights, on v6e", "rl/qwq_32b_stage1_v6e.toml", "qwq-32b", ("v6e:8x8",)
     ),
@@ -72,7 +82,7 @@ TABLES: Mapping[str, Asked] = {
         "Reinforcement learning of adapters, R1-Distill-1.5B",
         "rl/r1_distill_1p5b_lora_v5e8.toml",
         "deepseek-r1-distill-qwen-1.5b",
-        ("v5e:2x4",),
+        ("v5e:2x4", "v4:2x2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"),
     ),
 }
 
@@ -211,19 +221,28 @@ def published() -> str:
     return "\n".join(lines) + "\n"
 
 
+def sections_of(page: str) -> dict[str, str]:
+    """What a page holds: the text of each section by its heading."""
+    parts = re.split(r"^## (.+)\n", page, flags=re.MULTILINE)
+    return {title: f"## {title}\n{text.rstrip()}\n" for title, text in zip(parts[1::2], parts[2::2], strict=True)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", help=f"of {', '.join([*TABLES, 'published'])}; all by default")
     arguments = parser.parse_args()
-    chosen = arguments.tables or [*TABLES, "published"]
+    titles = {name: asked.title for name, asked in TABLES.items()} | {"published": "Beside published figures"}
+    chosen = arguments.tables or [*titles]
     for name in chosen:
-        if name not in TABLES and name != "published":
-            parser.error(f"{name} is not one of {', '.join([*TABLES, 'published'])}")
-    parts = [HEAD.format(versions=", ".join(f"{name} {version(name)}" for name in ("jax", "libtpu")))]
+        if name not in titles:
+            parser.error(f"{name} is not one of {', '.join(titles)}")
+    sections = sections_of(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else {}
+    head = HEAD.format(versions=", ".join(f"{name} {version(name)}" for name in ("jax", "libtpu")))
     for name in chosen:
         print(f"{name} ...", flush=True)
-        parts.append(published() if name == "published" else table(TABLES[name]))
-        REPORT.write_text("\n".join(parts), encoding="utf-8")
+        sections[titles[name]] = published() if name == "published" else table(TABLES[name])
+        kept = [sections[title] for title in titles.values() if title in sections]
+        REPORT.write_text("\n".join([head, *kept]), encoding="utf-8")
     print(f"wrote {REPORT}")
 
 
