@@ -10,7 +10,7 @@ The peers live in virtual environments of their own, made once::
 Measured are samples a second, over the same steps of each after compilation, and the time to the first evaluation on
 held-out problems that reaches the target. Our side is `qwq-jax rl CONFIG`, with a compile cache that is empty when it
 begins, once before the peers and once, for its speed alone, after them: the slower one counts. A peer that is not
-given is left out, and the report says so.
+given is left out, and the report says so. `--set mesh.data=2` makes a device of each of two processors.
 """
 
 import argparse
@@ -139,13 +139,15 @@ def check(config: RlConfig) -> None:
         raise SystemExit(f"the race needs {'; '.join(missing)}")
 
 
-def our_side(name: str, options: argparse.Namespace, folder: Path) -> Side:
-    """`qwq-jax rl` in a directory, and with a compile cache, that nobody has used."""
+def our_side(name: str, options: argparse.Namespace, folder: Path, *, devices: int) -> Side:
+    """`qwq-jax rl` in a directory, and with a compile cache, that nobody has used, on a mesh of so many devices."""
     folder.mkdir(parents=True)
     settings = [*options.set, f"output_dir={folder}/out", f"evaluation.every={options.eval_every}", "save_every=0"]
     command = [sys.executable, "-m", "qwq_jax", "rl", str(options.config)]
     for setting in settings:
         command += ["--set", setting]
+    if devices > 1:
+        command += ["--simulate-devices", str(devices)]
     environment = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "xla")}
     return Side(name, command, folder / "out" / "metrics.jsonl", folder / "log", environment)
 
@@ -235,8 +237,8 @@ def measure(options: argparse.Namespace, config: RlConfig, folder: Path) -> list
     """Runs all sides that are there, one after the other."""
     race, path = make_race(config, eval_every=options.eval_every, threads=options.threads), folder / "race.json"
     race.write(path)
-    goal = goal_of(options)
-    outcomes = [run(our_side(OURS, options, folder / "ours"), goal)]
+    goal, devices = goal_of(options), config.mesh.size
+    outcomes = [run(our_side(OURS, options, folder / "ours", devices=devices), goal)]
     for peer, name in PEERS.items():
         if {"trl": options.trl_python, "tunix": options.tunix_python}[peer] is None:
             print(f"{name}: LEFT OUT, as --{peer}-python does not say where it is", flush=True)
@@ -247,7 +249,7 @@ def measure(options: argparse.Namespace, config: RlConfig, folder: Path) -> list
         found = run(peer_side(peer, options, path, folder / peer, micro_batch=micro_batch), goal)
         outcomes.append(replace(found, note=note(micro_batch, tried)))
     if not options.once:
-        outcomes.append(run(our_side(AGAIN, options, folder / "again"), replace(goal, target=None)))
+        outcomes.append(run(our_side(AGAIN, options, folder / "again", devices=devices), replace(goal, target=None)))
     return outcomes
 
 

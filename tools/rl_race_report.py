@@ -247,7 +247,8 @@ def equal(setting: Setting, outcomes: Sequence[Outcome]) -> list[str]:
         "sampler cuts off the token that ends a completion, so that it is not trained on; qwq_jax weighs each token by "
         "the ratio of trainer to engine, which is 1 up to rounding, and judges replies in two more processes on the "
         "same processors.",
-        f"{notes or 'No peer'}; qwq_jax {config.rows_per_micro_batch} packed rows of {config.row_length} tokens. Peers "
+        f"{notes or 'No peer'}; qwq_jax {config.rows_per_micro_batch} packed rows of {config.row_length} tokens"
+        f"{', and makes a device of each processor' if config.mesh.size > 1 else ''}. Peers "
         "recompute no activations; TRL draws by `generate` with its default cache, tunix by its own sampler with a "
         "cache of the longest prompt and completion.",
     ]

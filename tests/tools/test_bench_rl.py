@@ -11,7 +11,7 @@ from qwq_jax.chat import ChatTokenizer
 from qwq_jax.config.load import load_toml
 from qwq_jax.config.rl import RlConfig
 from qwq_jax.embedded import TINY_REASONER
-from tools.bench_rl import PEERS, Side, check, make_race, measure, parse, run, shown_command
+from tools.bench_rl import PEERS, Side, check, make_race, measure, our_side, parse, run, shown_command
 from tools.rl_race import Race, Record, correct
 from tools.rl_race_report import Goal, Outcome, Pace, Setting, markdown, verdicts
 
@@ -200,6 +200,13 @@ def options(tmp_path, *more):
     settings = [part for each in TINY for part in ("--set", each)]
     measured = "--eval-every 2 --skip 1 --measure 2 --once --target 1.0 --threads 1".split()
     return parse([CONFIG, *settings, *measured, "--workdir", str(tmp_path), *more])
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_our_side_has_the_devices_of_its_mesh(tmp_path, devices):
+    command = our_side("qwq_jax", options(tmp_path), tmp_path / "ours", devices=devices).command
+    simulated = [command[i + 1] for i, word in enumerate(command) if word == "--simulate-devices"]
+    assert simulated == ([] if devices == 1 else ["2"])
 
 
 @pytest.mark.slow
