@@ -23,11 +23,11 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(tmp_path_factory.mktemp("recipe"))
 
 
-def two(recipe: Path, output: Path, **moment: Any) -> list[int]:
-    """Two processes of one device; each keeps notes of its own."""
-    options = (*SETTINGS, "--distributed", "--simulate-devices", "1")
+def several(recipe: Path, output: Path, count: int = 2, *more: str, **moment: Any) -> list[int]:
+    """Processes of one device, two by default; each keeps notes of its own."""
+    options = (*SETTINGS, *more, "--distributed", "--simulate-devices", "1")
     text = order(recipe, output, *options, notes=f"{output}.notesINDEX", **moment).text()
-    ends = together("-m", "tests.jobs.rl_worker", "--here", text)
+    ends = together("-m", "tests.jobs.rl_worker", "--here", text, count=count)
     for end in ends:
         print(end.stdout, end.stderr[-3000:])  # shown if the test fails
     return [end.returncode for end in ends]
@@ -36,13 +36,14 @@ def two(recipe: Path, output: Path, **moment: Any) -> list[int]:
 @pytest.fixture(scope="module")
 def calm(recipe: Path) -> Path:
     output = recipe.parent / "calm"
-    assert two(recipe, output) == [0, 0]
+    assert several(recipe, output) == [0, 0]
     return output
 
 
-def one(recipe: Path, output: Path) -> None:
-    """One process of two devices."""
-    text = order(recipe, output, *SETTINGS, "--simulate-devices", "2", notes=f"{output}.notes0").text()
+def one(recipe: Path, output: Path, devices: int = 2, *more: str) -> None:
+    """One process of all devices."""
+    options = (*SETTINGS, *more, "--simulate-devices", str(devices))
+    text = order(recipe, output, *options, notes=f"{output}.notes0").text()
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     ended = subprocess.run(
         [sys.executable, "-m", "tests.jobs.rl_worker", text],
@@ -73,6 +74,26 @@ def test_two_processes_are_the_run_of_one(recipe: Path, calm: Path, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
+def test_four_processes_are_the_run_of_one(recipe: Path, tmp_path: Path) -> None:
+    """As two; but parameters are equal up to the order in which gradients of four devices are added."""
+    four, alone = tmp_path / "four", tmp_path / "one"
+    settings = ("--set", "mesh.data=4", "--set", "stop_after=2")
+    assert several(recipe, four, 4, *settings) == [0] * 4
+    one(recipe, alone, 4, *settings)
+    drawn = draws(alone, "0")
+    assert list(drawn) == [1, 2]
+    for process in range(4):
+        found = draws(four, str(process))
+        for step in drawn:
+            for name in ("cursors", "prompts", "tokens", "rewards"):
+                assert found[step][name] == drawn[step][name], (process, step, name)
+    states = [stored_state(output, 2) for output in (four, alone)]
+    for key, value in states[0].items():
+        np.testing.assert_allclose(value, states[1][key], rtol=1e-4, atol=1e-6, err_msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_stopped_in_every_phase_two_processes_are_bitwise_the_same_run(
     recipe: Path, calm: Path, tmp_path: Path
 ) -> None:
@@ -84,14 +105,14 @@ def test_stopped_in_every_phase_two_processes_are_bitwise_the_same_run(
     counts = json.loads(Path(f"{calm}.notes0.counts").read_text())
     kill, both = {"signal": signal.SIGKILL}, [-signal.SIGKILL] * 2
     middle = lambda step, phase: {"step": step, "phase": phase, "event": counts[f"{step} {phase}"] // 2}  # noqa: E731
-    assert two(recipe, output, **kill, **middle(1, "rollout")) == both
-    assert two(recipe, output, **kill, **middle(2, "reward")) == both
-    assert two(recipe, output, signal=signal.SIGTERM, **middle(1, "rollout"), process=1) == [42, 42]
+    assert several(recipe, output, **kill, **middle(1, "rollout")) == both
+    assert several(recipe, output, **kill, **middle(2, "reward")) == both
+    assert several(recipe, output, signal=signal.SIGTERM, **middle(1, "rollout"), process=1) == [42, 42]
     assert max(draws(output, "0")) < STEPS, "not at once, but soon"
-    codes = two(recipe, output, **kill, **middle(3, "update"), process=1)
+    codes = several(recipe, output, **kill, **middle(3, "update"), process=1)
     assert codes == [42, -signal.SIGKILL], "the first hears nothing of the second any more, and ends"
-    codes = two(recipe, output, **kill, **middle(4, "save"), process=0)
+    codes = several(recipe, output, **kill, **middle(4, "save"), process=0)
     assert codes[0] == -signal.SIGKILL and codes[1] in (-signal.SIGABRT, 42)
-    assert two(recipe, output) == [0, 0]
+    assert several(recipe, output) == [0, 0]
     assert_same_run(output, calm, steps=STEPS, notes="0")
     assert draws(output, "0") == draws(output, "1")

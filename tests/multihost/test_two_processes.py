@@ -104,22 +104,29 @@ tensor = 2
     return path
 
 
-@pytest.mark.slow
-def test_training_is_that_of_one_process_also_after_a_stop(recipe: Path) -> None:
-    one, two = recipe.parent / "one", recipe.parent / "two"
+@pytest.fixture(scope="module")
+def one(recipe: Path) -> Path:
+    """What one process makes."""
     assert main(["sft", str(recipe)]) == 0
-    command = ("-m", "qwq_jax", "sft", str(recipe), "--distributed", "--simulate-devices", "4")
-    command += ("--set", f"output_dir={two}")
+    return recipe.parent / "one"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
+def test_training_is_that_of_one_process_also_after_a_stop(recipe: Path, one: Path, count: int) -> None:
+    several = recipe.parent / f"of {count}"
+    command = ("-m", "qwq_jax", "sft", str(recipe), "--distributed", "--simulate-devices", str(8 // count))
+    command += ("--set", f"output_dir={several}")
     for stop in ("--set=stop_after=3", f"--set=stop_after={STEPS}"):
-        ends = together(*command, stop)
-        assert [end.returncode for end in ends] == [0, 0], ends
-    records = [read_records(run / "metrics.jsonl") for run in (one, two)]
+        ends = together(*command, stop, count=count)
+        assert [end.returncode for end in ends] == [0] * count, ends
+    records = [read_records(run / "metrics.jsonl") for run in (one, several)]
     assert [r["step"] for r in records[1]] == [r["step"] for r in records[0]] == list(range(1, STEPS + 1))
     for left, right in zip(*records, strict=True):
         assert left["tokens"] == right["tokens"]
         # Sums over devices are taken in another order.
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
-    checkpoints = [open_checkpoint(f"{run}/model-{STEPS:06d}") for run in (one, two)]
+    checkpoints = [open_checkpoint(f"{run}/model-{STEPS:06d}") for run in (one, several)]
     for name in checkpoints[0].spec:
         left, right = (read_param(checkpoint, name).astype(np.float32) for checkpoint in checkpoints)
         # Adam divides by the root of its second moment, and bf16 keeps 8 bits: one rounding apart.
