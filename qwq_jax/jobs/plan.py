@@ -270,17 +270,27 @@ def _counted(case: _Case, arrays: Mapping[str, Any]) -> _Case:
         pages = min(wanted, int(CACHE_SHARE * left) // arrays["page"] if left > 0 else 0)
         if pages * engine.page_size < longest:
             needed = -(-longest // engine.page_size) * arrays["page"]
-            problem = (
-                f"{job.name} does not fit {case.topology.name}: beside {there / GB:.1f} GB of weights a device has "
-                f"{max(left, 0) / GB:.1f} of its {arrays['usable'] / GB:.1f} GB left, and the cache of one sequence of "
-                f"{longest:,} tokens needs {needed / GB:.1f} GB: short by {(needed / CACHE_SHARE - left) / GB:.1f} GB"
-            )
+            problem = _no_cache_fits(case, there, f"one sequence of {longest:,} tokens", needed, needed / CACHE_SHARE)
             return _Case(case.topology, job, case.settings, case.usable, problem, arrays)
         job = job.with_engine(num_pages=pages)
         engine = engine_of(job)
     assert engine.num_pages is not None
     sizes = {**arrays["engine"], "key-value cache": engine.num_pages * arrays["page"]}
+    if (needed := sizes["key-value cache"]) > left:
+        problem = _no_cache_fits(case, there, f"engine.num_pages = {engine.num_pages:,}", needed, needed)
+        problem += f"; {max(left, 0) // arrays['page']:,} pages would fit"
+        return _Case(case.topology, job, case.settings, case.usable, problem, arrays)
     return _Case(case.topology, job, case.settings, case.usable, None, {**arrays, "engine": sizes})
+
+
+def _no_cache_fits(case: _Case, there: int, what: str, needed: int, room: float) -> str:
+    """Beside `there` bytes of weights a device has less than the `room` of a cache of `needed` bytes."""
+    left = case.usable - there
+    return (
+        f"{case.job.name} does not fit {case.topology.name}: beside {there / GB:.1f} GB of weights a device has "
+        f"{max(left, 0) / GB:.1f} of its {case.usable / GB:.1f} GB left, and the cache of {what} needs "
+        f"{needed / GB:.1f} GB: short by {(room - left) / GB:.1f} GB"
+    )
 
 
 def _compiled(cases: Sequence[_Case], options: PlanOptions, bar: Progress) -> list[TopologyPlan]:

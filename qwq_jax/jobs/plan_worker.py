@@ -25,8 +25,10 @@ from qwq_jax.plan.chips import Topology, parse_topology
 from qwq_jax.plan.cost import ProgramCost
 from qwq_jax.plan.hlo import collectives, decode_round, matrix_flops, moved_bytes, parse
 
-# What the compiler says of a program that a device cannot hold.
+# What the compiler says of a program that a device cannot hold: the one of what it needs while it runs, the other of
+# what it is given.
 _USED = re.compile(r"Used ([\d.]+)([KMGT])?i?B? of ([\d.]+)([KMGT])?i?B? hbm")
+_EXCEEDS = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")
 _UNITS = {None: 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -112,9 +114,8 @@ def measure_program(work: Work, name: str, folder: Path, *, live: int) -> dict[s
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return _too_large(name, str(error))
+        used, usable = _too_large(error)
+        return {"used": used, "usable": usable}
     found = compiled.memory_analysis()
     module = parse(max(folder.glob("*hlo.txt"), key=lambda path: path.stat().st_size).read_text())
     # A window of decoding is a loop, of which one round is a token of each sequence.
@@ -139,17 +140,24 @@ def _live_bytes(work: Work, live: int) -> int:
     return int(token * live)
 
 
-def _too_large(name: str, message: str) -> dict[str, int]:
-    found = _USED.search(message)
+def _too_large(error: jax.errors.JaxRuntimeError) -> tuple[int, int]:
+    """Bytes that a program wants of a device, and what it may have; anything but a lack of memory is raised again."""
+    found = _USED.search(str(error)) or _EXCEEDS.search(str(error))
     if found is None:
-        raise ValueError(f"{name}: the program does not fit a device: {message.splitlines()[0]}")
-    used, usable = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))
-    return {"used": int(used), "usable": int(usable)}
+        raise error
+    used, usable = (int(float(found[i]) * _UNITS[found[i + 1]]) for i in (1, 3))
+    return used, usable
 
 
 def held_bytes(tree: Any) -> int:
-    """What the arrays of a tree take on one device, tiling included: the arguments of a program that reads none."""
-    nothing = jax.jit(lambda tree: jnp.zeros(()), keep_unused=True).lower(tree).compile()
+    """What the arrays of a tree take on one device, tiling included: the arguments of a program that reads none.
+
+    Where these are more than the device has, it is what the compiler says that they are, to a hundredth of a GiB.
+    """
+    try:
+        nothing = jax.jit(lambda tree: jnp.zeros(()), keep_unused=True).lower(tree).compile()
+    except jax.errors.JaxRuntimeError as error:
+        return _too_large(error)[0]
     found = nothing.memory_analysis()
     assert found is not None, "libtpu tells what a program needs"
     return found.argument_size_in_bytes
@@ -162,9 +170,7 @@ def usable_memory(devices: Sequence[Any]) -> int:
     try:
         jax.jit(lambda x: x + 1).lower(huge).compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"available HBM \(([\d.]+)G\)", str(error))
-        assert found is not None, str(error)[:500]
-        return int(float(found[1]) * 2**30)
+        return _too_large(error)[1]
     raise AssertionError("a terabyte fits")
 
 

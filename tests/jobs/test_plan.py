@@ -116,6 +116,17 @@ def test_a_slice_that_is_too_small_is_refused_with_what_is_short(capsys: pytest.
     assert printed.err.startswith("error: qwq_32b.toml does not fit every topology asked for")
 
 
+def test_a_cache_that_is_too_large_is_refused_before_anything_is_compiled_with_it(
+    compiler: list[Request], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", INFERENCE, "--model", QWQ, "--topology", "v5e:2x4", "--set", "engine.num_pages=4096"]
+    assert main(words) == 2
+    said = " ".join(capsys.readouterr().out.split())
+    # A page is 33,554,432 / 8 bytes and the weights 65 / 8 GB.
+    assert "the cache of engine.num_pages = 4,096 needs 17.2 GB: short by 8.4 GB; 2,092 pages would fit" in said
+    assert {request.task for request in compiler} == {"device", "arrays"}
+
+
 def test_a_program_that_is_too_large_says_by_how_much(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = ("configs/rl/qwq_32b_stage1.toml", "--model", QWQ, "--topology", "v5p:4x4x4")
     assert run(*recipe, "--set", "rows_per_micro_batch=128") == 2
