@@ -408,6 +408,7 @@ def kill_and_resume(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_killed_and_resumed_on_other_meshes_the_file_is_the_same(checkpoint: str, tmp_path: Path) -> None:
     points = [(3, 0.0, 9), (4, 0.6, 9), (5, 0.0, 15)]
     meshes = [MeshConfig(), MeshConfig(data=2, tensor=4), MeshConfig(data=8)]
