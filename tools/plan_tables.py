@@ -78,6 +78,20 @@ TABLES: Mapping[str, Asked] = {
     "rl_v6e": Asked(
         "Reinforcement learning of all weights, on v6e", "rl/qwq_32b_stage1_v6e.toml", "qwq-32b", ("v6e:8x8",)
     ),
+    "sft": Asked(
+        "Training on rows of 131,072 tokens, which several devices share",
+        "sft/qwq_32b_sft.toml",
+        "qwq-32b-yarn",
+        ("v5e:16x16", "2*v5e:16x16", "v6e:8x8", "v5p:4x4x4", "tpu7x:4x4x4"),
+        settings=(
+            "sequence_length=131072",
+            "rows_per_step=64",
+            "accumulation=16",
+            "mesh.fsdp=4",
+            "mesh.context=2",
+            "mesh.tensor=8",
+        ),
+    ),
     "lora": Asked(
         "Reinforcement learning of adapters, R1-Distill-1.5B",
         "rl/r1_distill_1p5b_lora_v5e8.toml",

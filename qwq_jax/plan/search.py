@@ -20,6 +20,8 @@ from qwq_jax.plan.hlo import Collective
 _MOST_ROWS = 1024
 _TRAINED_BYTES = 12.0  # float32 weight and two moments
 _GRADIENT_BYTES = 4.0
+# Of a device's memory; the rest is for what the forms do not count.
+_FILLED = 0.92
 
 
 @dataclass(frozen=True)
@@ -143,8 +145,7 @@ class TrainChoice:
     @property
     def settings(self) -> list[str]:
         """As words for ``--set``."""
-        mesh = self.mesh
-        return [f"mesh.data={mesh.data}", f"mesh.fsdp={mesh.fsdp}", f"mesh.tensor={mesh.tensor}"]
+        return [f"mesh.{axis}={size}" for axis, size in self.mesh.model_dump().items()]
 
 
 def train_choices(
@@ -153,31 +154,51 @@ def train_choices(
     """Meshes of a training job that fit, the one with the least time a row first."""
     found = list(_train_choices(model, topology, row_length=row_length, lora=lora))
     return sorted(
-        (choice for choice in found if choice.bytes_needed < usable), key=lambda choice: choice.seconds / choice.rows
+        (choice for choice in found if choice.bytes_needed < _FILLED * usable),
+        key=lambda choice: choice.seconds / choice.rows,
     )
 
 
 def _train_choices(model: ModelConfig, topology: Topology, *, row_length: int, lora: bool) -> Iterator[TrainChoice]:
-    chip, devices = topology.chip, topology.devices
-    parameters = model.num_parameters
-    for tensor in tensor_sizes(model, devices):
-        fsdp = devices // tensor
-        if model.hidden_size % fsdp:
-            continue
-        state = (2.0 if lora else _TRAINED_BYTES + _GRADIENT_BYTES) * parameters / devices
-        width = model.hidden_size + model.intermediate_size
-        kept = model.num_layers * row_length * model.hidden_size * 2.0 / tensor
-        working = 12.0 * row_length * width / tensor
-        # With rematerialisation three passes over the products and one more of each layer's forward.
-        products = (6.0 if lora else 8.0) * parameters * row_length / tensor
-        attended = 4.5 * 2.0 * row_length**2 * model.num_layers * model.num_heads * model.head_dim / tensor
-        seconds = (products + attended) * chip.devices / chip.bf16
-        gathered = Collective("all-gather", fsdp, tensor, int(2 * parameters / tensor), 3)
-        hidden = gathered.count * exchange_seconds(gathered, topology) if fsdp > 1 else 0.0
-        waited = 0.0
-        if tensor > 1:
-            whole = int(row_length * model.hidden_size * 2)
-            exchanged = Collective("all-gather", tensor, 1, whole, 12 * model.num_layers)
-            waited = exchanged.count * exchange_seconds(exchanged, topology)
-        mesh = MeshConfig(fsdp=fsdp, tensor=tensor)
-        yield TrainChoice(mesh, state + kept + working, max(seconds, hidden) + waited, fsdp)
+    within = topology.devices // topology.slices  # between slices, data alone is split
+    for tensor in tensor_sizes(model, within):
+        for context in _context_sizes(within // tensor, row_length):
+            fsdp = within // (tensor * context)
+            if model.hidden_size % fsdp == 0:
+                mesh = MeshConfig(data=topology.slices, fsdp=fsdp, context=context, tensor=tensor)
+                yield _train_choice(model, topology, mesh, row_length=row_length, lora=lora)
+
+
+def _context_sizes(devices: int, row_length: int) -> list[int]:
+    """Sizes of a context axis that divide these devices, and, beyond 1, a row into two pieces for each."""
+    return [n for n in range(1, devices + 1) if devices % n == 0 and (n == 1 or row_length % (2 * n) == 0)]
+
+
+def _train_choice(
+    model: ModelConfig, topology: Topology, mesh: MeshConfig, *, row_length: int, lora: bool
+) -> TrainChoice:
+    """Bytes and seconds of a micro-batch of one row a batch shard."""
+    chip, parameters, tensor = topology.chip, model.num_parameters, mesh.tensor
+    shared = tensor * mesh.context  # devices that work on one row
+    state = (2.0 if lora else _TRAINED_BYTES + _GRADIENT_BYTES) * parameters / (mesh.fsdp * tensor)
+    width = model.hidden_size + model.intermediate_size
+    kept = model.num_layers * row_length * model.hidden_size * 2.0 / shared
+    working = 12.0 * row_length * width / shared
+    # With rematerialisation three passes over the products and one more of each layer's forward.
+    products = (6.0 if lora else 8.0) * parameters * row_length / shared
+    attended = 4.5 * 2.0 * row_length**2 * model.num_layers * model.num_heads * model.head_dim / shared
+    seconds = (products + attended) * chip.devices / chip.bf16
+    gathered = Collective("all-gather", mesh.fsdp, shared, int(2 * parameters / tensor), 3)
+    hidden = gathered.count * exchange_seconds(gathered, topology) if mesh.fsdp > 1 else 0.0
+    waited = 0.0
+    if tensor > 1:
+        whole = int(row_length * model.hidden_size * 2 / mesh.context)
+        exchanged = Collective("all-gather", tensor, 1, whole, 12 * model.num_layers)
+        waited += exchanged.count * exchange_seconds(exchanged, topology)
+    if mesh.context > 1:
+        # Keys and values of a row: gathered forward and once more backward, and their gradients scattered.
+        heads = max(1, model.num_kv_heads // tensor)
+        keys = int(2 * 2 * row_length * heads * model.head_dim)
+        exchanged = Collective("all-gather", mesh.context, tensor, keys, 3 * model.num_layers)
+        waited += exchanged.count * exchange_seconds(exchanged, topology)
+    return TrainChoice(mesh, state + kept + working, max(seconds, hidden) + waited, mesh.data * mesh.fsdp)

@@ -77,6 +77,23 @@ def test_training_meshes_hold_the_state() -> None:
         assert choice.bytes_needed > 16 * QWQ.num_parameters / 64
 
 
+def test_long_rows_are_shared_where_heads_are_not_enough() -> None:
+    long = train_choices(QWQ, parse_topology("v5e:16x16"), usable=int(16.9 * GB), row_length=131_072)
+    assert long and all(choice.mesh.context > 1 and choice.mesh.size == 256 for choice in long)
+    # A device has two pieces of a row at least.
+    odd = train_choices(QWQ, parse_topology("v5e:16x16"), usable=int(16.9 * GB), row_length=4_099)
+    assert odd and all(choice.mesh.context == 1 for choice in odd)
+
+
+def test_slices_share_out_data_alone() -> None:
+    one, two = (
+        train_choices(QWQ, parse_topology(name), usable=int(16.9 * GB), row_length=16_384)
+        for name in ("v5e:16x16", "2*v5e:16x16")
+    )
+    assert [choice.mesh.model_copy(update={"data": 2}) for choice in one] == [choice.mesh for choice in two]
+    assert all(pair[1].rows == 2 * pair[0].rows for pair in zip(one, two, strict=True))
+
+
 def test_a_calibration_is_the_mean_of_its_measurements() -> None:
     pair = [Measured(chip="v6e", program="decode", seconds=s, predicted=1.0) for s in (1.0, 4.0)]
     calibration = Calibration(measured=tuple(pair))
