@@ -7,6 +7,7 @@ import grpc
 from google.api_core import exceptions
 from google.auth import default as default_credentials
 from google.auth.credentials import AnonymousCredentials
+from google.auth.exceptions import RefreshError, TransportError
 from google.cloud import tpu_v2
 from google.cloud.tpu_v2.services.tpu.transports import TpuRestTransport
 from google.protobuf.duration_pb2 import Duration
@@ -141,7 +142,11 @@ def _asked(call: Callable[[], T]) -> T:
     except exceptions.GoogleAPICallError as error:
         word = _word(error)
         raise Refused(refusal_of(word, error.message or str(error)), error.message or str(error)) from None
-    except (exceptions.RetryError, ConnectionError, OSError) as error:
+    except (exceptions.RetryError, TransportError, ConnectionError, OSError) as error:
+        raise Refused(Refusal.TRANSIENT, str(error)) from None
+    except RefreshError as error:
+        if not error.retryable:
+            raise
         raise Refused(Refusal.TRANSIENT, str(error)) from None
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from gcp import names
 from gcp import record as records
-from gcp.cloud import Cloud, Refused, Request, Resource, State
+from gcp.cloud import Cloud, Refusal, Refused, Request, Resource, State
 from gcp.gcloud import GcloudCloud
 from gcp.job import DISTRIBUTED
 from gcp.machine import POLL, Action, Conclude, Create, Delete, Seen, Step, Stop, Wait, decide
@@ -67,12 +67,7 @@ class Launcher:
 
     def _step(self, saved: Saved) -> Action:
         """Decides once, saves, acts. A record that somebody else replaced meanwhile is read again."""
-        try:
-            seen = self._look(saved.record)
-        except Refused as refused:
-            self.say(f"waiting: {refused}")
-            return Wait(POLL)
-        step = decide(saved.record, seen, self.clock())
+        step = decide(saved.record, self._look(saved.record), self.clock())
         try:
             self._save(saved, step)
         except Conflict:
@@ -100,7 +95,11 @@ class Launcher:
         outcome = records.outcome(self.objects, record)
         if record.phase not in ("asked", "leaving"):
             return Seen(outcome=outcome)
-        resource = self.cloud.get(record.zone, record.resource)
+        try:
+            resource = self.cloud.get(record.zone, record.resource)
+        except Refused as refused:
+            self.say(f"{record.resource}: {refused}")
+            return Seen(unanswered=refused.reason, detail=refused.detail, outcome=outcome)
         heard = None
         if resource is not None and resource.state is State.ACTIVE:
             found = self.objects.get(record.places.status(record.attempt))
@@ -156,7 +155,8 @@ class Launcher:
                         self.cloud.delete(zone, resource.name)
             except Refused as refused:
                 self.say(f"{zone}: {refused}")
-                clean = False
+                # A zone that refuses for good, such as one that does not exist, is not waited for.
+                clean = clean and refused.reason is Refusal.BAD_REQUEST
         return clean
 
     def _strays(self, record: Record, zone: str) -> list[Resource]:

@@ -18,6 +18,12 @@ Run = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
 
 _CODE = re.compile(r"\b(ALREADY_EXISTS|RESOURCE_EXHAUSTED|UNAVAILABLE|INTERNAL|ABORTED|DEADLINE_EXCEEDED)\b")
 _NOT_FOUND = re.compile(r"NOT_FOUND|not found|HTTPError 404", re.IGNORECASE)
+# What gcloud says, without a code, when the network failed it.
+_NO_ANSWER = re.compile(
+    r"gcloud crashed|problem refreshing|connection|timed? ?out|max retries|unable to (connect|find the server)"
+    r"|name resolution|HTTPError 5\d\d",
+    re.IGNORECASE,
+)
 _SECONDS = 300
 
 
@@ -103,7 +109,8 @@ class GcloudCloud:
         if _NOT_FOUND.search(said) and words[1] in ("describe", "delete"):
             return None
         code = _CODE.search(said)
-        raise Refused(refusal_of(code.group(1) if code else "INVALID_ARGUMENT", said), said)
+        otherwise = "UNAVAILABLE" if _NO_ANSWER.search(said) else "INVALID_ARGUMENT"
+        raise Refused(refusal_of(code.group(1) if code else otherwise, said), said)
 
 
 def create_words(request: Request, metadata: Path) -> list[str]:

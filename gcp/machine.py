@@ -23,6 +23,7 @@ class Seen:
         resource: Of the present attempt.
         refusal: What the cloud answered when that resource was last asked for.
         detail: Its words.
+        unanswered: Why the cloud did not say whether there is a resource; `resource` tells nothing then.
         outcome: Of the run, if it has ended.
         heard: When a worker of this attempt last gave a sign of life.
     """
@@ -30,6 +31,7 @@ class Seen:
     resource: Resource | None = None
     refusal: Refusal | None = None
     detail: str = ""
+    unanswered: Refusal | None = None
     outcome: Outcome | None = None
     heard: float | None = None
 
@@ -109,6 +111,8 @@ def _resting(record: Record, seen: Seen, now: float) -> Step:
 def _asked(record: Record, seen: Seen, now: float) -> Step:
     if seen.outcome is not None:
         return Step(_left(record, now, f"ended: {seen.outcome.kind}"), Wait(0.0))
+    if seen.unanswered is not None:
+        return _unanswered(record, seen, now)
     resource = seen.resource
     if resource is None:
         return _absent(record, seen, now)
@@ -129,6 +133,16 @@ def _asked(record: Record, seen: Seen, now: float) -> Step:
             return Step(record, Wait(POLL))
         case State.ACTIVE:
             return _active(record, seen, now)
+
+
+def _unanswered(record: Record, seen: Seen, now: float) -> Step:
+    """Nothing is made or deleted unseen: there may be a resource."""
+    if seen.unanswered is not Refusal.BAD_REQUEST or record.created_resource:
+        # One that was seen is not given up because this launcher lost a permission: its VMs end it.
+        return Step(record, Wait(POLL))
+    if seen.outcome is None:
+        return Step(record, Conclude("bad-input", seen.detail))
+    return Step(_over(record, seen.outcome, now), Stop())
 
 
 def _absent(record: Record, seen: Seen, now: float) -> Step:
@@ -165,6 +179,8 @@ def _active(record: Record, seen: Seen, now: float) -> Step:
 
 
 def _leaving(record: Record, seen: Seen, now: float) -> Step:
+    if seen.unanswered is not None:
+        return _unanswered(record, seen, now)
     if seen.resource is not None:
         return Step(record, Wait(POLL) if seen.resource.state is State.DELETING else Delete())
     record = record.chips_returned(now)

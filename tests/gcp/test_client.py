@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from google.auth.exceptions import RefreshError, TransportError
 
 from gcp import client, driver
 from gcp.cloud import Refusal, Refused, State
@@ -117,6 +118,20 @@ def test_no_server_is_no_answer():
     with pytest.raises(Refused) as caught:
         cloud.get("a", "x")
     assert caught.value.reason is Refusal.TRANSIENT
+
+
+@pytest.mark.parametrize(
+    "error", [TransportError("no route"), RefreshError("no route", retryable=True)], ids=["transport", "refresh"]
+)
+def test_a_token_that_cannot_be_fetched_now_is_no_answer(error):
+    def call() -> None:
+        raise error
+
+    with pytest.raises(Refused) as caught:
+        client._asked(call)
+    assert caught.value.reason is Refusal.TRANSIENT
+    with pytest.raises(RefreshError):
+        client._asked(lambda: (_ for _ in ()).throw(RefreshError("log in again")))
 
 
 def test_a_preempted_node_is_seen_before_its_resource_says_so(stage):

@@ -302,6 +302,44 @@ def test_a_name_that_is_taken_is_not_asked_for_again():
     assert asked == ["job-abc123-1", "job-abc123-2"]
 
 
+class Refusing(WorldCloud):
+    """Refuses looks, at one and at all."""
+
+    refused: Refused
+
+    def get(self, zone: str, name: str) -> Any:
+        raise self.refused
+
+    def list(self, zone: str) -> Any:
+        raise self.refused
+
+
+def test_what_the_cloud_refuses_for_good_is_not_waited_for():
+    """A zone with a typing error, an API that is not enabled, a permission that is missing."""
+    stage, cloud = Stage(), Refusing(Stage().world)
+    cloud.refused = Refused(Refusal.BAD_REQUEST, "Location a is not found")
+    outcome = stage.launcher(cloud=cloud).drive("job").outcome
+    assert (outcome.kind, outcome.detail) == ("bad-input", "Location a is not found")
+    assert stage.clock() < stage.begin + 300 and not stage.world.history
+
+
+def test_the_deadline_holds_while_the_cloud_does_not_answer():
+    stage, cloud = Stage(job=a_job(deadline_hours=1.0)), Refusing(Stage().world)
+    cloud.refused = Refused(Refusal.TRANSIENT, "connection refused")
+
+    def sleep(seconds: float) -> None:
+        stage.clock.sleep(seconds)
+        if stage.clock() > stage.begin + 3700:
+            raise Killed
+
+    with pytest.raises(Killed):
+        stage.launcher(cloud=cloud, sleep=sleep).drive("job")
+    record = records.load(stage.objects, "job").record
+    assert records.outcome(stage.objects, record).kind == "deadline"
+    assert stage.launcher("two").drive("job").outcome.kind == "deadline"
+    assert not stage.world.history
+
+
 def test_a_cloud_that_does_not_answer_for_a_while():
     stage = Stage()
     trouble = iter([True] * 10 + [False] * 10_000)

@@ -128,6 +128,21 @@ def test_a_vm_that_exists(tmp_path):
     assert not any(call.method == "DELETE" for call in fake.calls)
 
 
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("ERROR: gcloud crashed (ConnectionError): ('Connection aborted.', RemoteDisconnected())", Refusal.TRANSIENT),
+        ("ERROR: There was a problem refreshing your current auth tokens: no route to host", Refusal.TRANSIENT),
+        ("ERROR: (gcloud.compute.tpus) PERMISSION_DENIED: Cloud TPU API has not been used", Refusal.BAD_REQUEST),
+    ],
+)
+def test_a_network_that_fails_is_not_taken_for_a_refusal(said, reason):
+    cloud = GcloudCloud("p", lambda command: subprocess.CompletedProcess(list(command), 1, "", said))
+    with pytest.raises(Refused) as caught:
+        cloud.get("a", "x")
+    assert caught.value.reason is reason
+
+
 def test_words():
     request = driver.request(a_record(a_job(slices=2), attempt=1), boot="", now=1000.0)
     words = create_words(request, Path("M"))

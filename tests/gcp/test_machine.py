@@ -28,6 +28,7 @@ ALL_SEEN = [
         [None, *State], [None, *Refusal], [None, DONE], [None, NOW - 5, NOW - 50_000]
     )
 ]
+ALL_SEEN += [Seen(unanswered=refusal, outcome=outcome) for refusal, outcome in itertools.product(Refusal, [None, DONE])]
 ALL_RECORDS = [
     a_record(phase=phase, attempt=1, asked_at=NOW - 10, created_resource=created, active_at=active, **counts)
     for phase, created, active, counts in itertools.product(
@@ -47,7 +48,7 @@ def test_whatever_is_seen(now):
         after = step.record
         if isinstance(step.action, Create):
             assert record.phase == after.phase == "asked", "written down before it is asked for"
-            assert seen.resource is None and not after.created_resource
+            assert seen.resource is None and seen.unanswered is None and not after.created_resource
             assert seen.outcome is None and now < record.deadline, "nothing is made for a run that is over"
         if isinstance(step.action, Delete):
             assert after.phase == "leaving" and seen.resource is not None
@@ -55,6 +56,7 @@ def test_whatever_is_seen(now):
             assert seen.outcome is not None and (record.phase == "resting" or seen.resource is None)
         if record.phase in ("asked", "leaving") and after.phase == "resting":
             assert seen.resource is None, "an attempt is left only when its resource is gone"
+            assert seen.unanswered is None, "and was looked for"
             assert all(each.end is not None for each in after.intervals)
         if after.attempt != record.attempt:
             assert record.phase == "resting" and now >= record.not_before and seen.outcome is None
@@ -124,6 +126,18 @@ def test_what_the_cloud_calls_wrong_is_not_tried_again():
 def test_no_answer_is_followed_by_a_look():
     step = decide(asked(), Seen(refusal=Refusal.TRANSIENT), NOW)
     assert isinstance(step.action, Wait) and step.record == asked()
+
+
+@pytest.mark.parametrize("refusal", Refusal)
+def test_a_look_that_is_refused_is_final_only_where_nothing_was_seen_before(refusal):
+    seen = Seen(unanswered=refusal, detail="the API is not enabled")
+    step = decide(asked(), seen, NOW)
+    assert step.record == asked()
+    if refusal is Refusal.BAD_REQUEST:
+        assert step.action == Conclude("bad-input", "the API is not enabled")
+    else:
+        assert isinstance(step.action, Wait)
+    assert isinstance(decide(asked(created_resource=True), seen, NOW).action, Wait)
 
 
 @pytest.mark.parametrize("field", ["preemptions", "failures"])
