@@ -11,8 +11,8 @@ from gcp import record as records
 from gcp.cloud import Cloud, Refusal, Refused, Request, Resource, State
 from gcp.gcloud import GcloudCloud
 from gcp.job import DISTRIBUTED
-from gcp.machine import POLL, Action, Conclude, Create, Delete, Seen, Step, Stop, Wait, decide
-from gcp.objects import Conflict, Objects
+from gcp.machine import GRACE, POLL, Action, Conclude, Create, Delete, Seen, Step, Stop, Wait, back_off, decide
+from gcp.objects import Conflict, Objects, Unavailable
 from gcp.record import Outcome, Record, Saved
 from gcp.worker.assignment import Assignment
 
@@ -43,6 +43,7 @@ class Launcher:
     sleep: Callable[[float], None]
     say: Callable[[str], None]
     _refused: dict[str, Refused] = field(default_factory=dict)
+    _outage: float = 0.0
 
     def drive(self, job: str) -> Record:
         """Runs until the job is over and no resource of it is left.
@@ -50,20 +51,46 @@ class Launcher:
         Raises:
             TakenOver: Another launcher came.
             ValueError: The bucket has no such job.
+            Unavailable: The bucket did not answer at first, or not until the deadline.
         """
         self._take(job)
+        known, failures = self._load(job).record, 0
         while True:
-            saved = self._load(job)
-            if saved.record.owner != self.owner:
-                raise TakenOver(f"{job} is driven by another launcher now; `watch` shows how it goes")
-            action = self._step(saved)
-            if isinstance(action, Stop):
-                ended = self._load(job).record
-                if self._sweep(ended):
-                    return ended
-                action = Wait(POLL)
+            try:
+                saved = self._load(job)
+                known = saved.record
+                if known.owner != self.owner:
+                    raise TakenOver(f"{job} is driven by another launcher now; `watch` shows how it goes")
+                action = self._step(saved)
+                if isinstance(action, Stop):
+                    ended = self._load(job).record
+                    if self._sweep(ended):
+                        return ended
+                    action = Wait(POLL)
+                failures = 0
+            except Unavailable as error:
+                failures += 1
+                action = self._without_bucket(known, failures, error)
             if isinstance(action, Wait) and action.seconds:
                 self.sleep(action.seconds)
+
+    def _without_bucket(self, known: Record, failures: int, error: Unavailable) -> Wait:
+        """Waits for the bucket until the deadline; then what is known to be there is deleted without it."""
+        self._outage = self.clock()
+        left = known.deadline + GRACE - self._outage
+        if left > 0:
+            self.say(f"waiting: {error}")
+            return Wait(min(back_off(failures), left))
+        if known.phase not in ("asked", "leaving"):
+            raise error
+        try:
+            if self.cloud.get(known.zone, known.resource) is None:
+                raise error
+            self.say(f"deleting {known.resource}: the deadline has passed")
+            self.cloud.delete(known.zone, known.resource)
+        except Refused as refused:
+            self.say(f"{known.resource}: {refused}")
+        return Wait(POLL)
 
     def _step(self, saved: Saved) -> Action:
         """Decides once, saves, acts. A record that somebody else replaced meanwhile is read again."""
@@ -104,6 +131,9 @@ class Launcher:
         if resource is not None and resource.state is State.ACTIVE:
             found = self.objects.get(record.places.status(record.attempt))
             heard = float(json.loads(found.data)["at"]) if found else None
+            if self._outage:
+                # Workers cannot be heard through a bucket that is away, and need a while when it is back.
+                heard = max(heard or 0.0, self._outage)
         refused = self._refused.pop(record.resource, None)
         return Seen(
             resource=resource,

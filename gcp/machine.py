@@ -11,6 +11,8 @@ from gcp.record import Event, Interval, Outcome, OutcomeKind, Record
 
 # Seconds between looks at the cloud.
 POLL = 15.0
+# Seconds that a job has to save after the end of its run was decided on.
+GRACE = 120.0
 # The first wait after a failure or preemption, doubled by each further one, and the longest.
 FIRST_WAIT, LONGEST_WAIT = 10.0, 1800.0
 

@@ -3,15 +3,24 @@
 import hashlib
 import io
 import json
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import aiohttp
 import gcsfs
+import requests
+from gcsfs.retry import ChecksumError, HttpError
+from google.auth.exceptions import RefreshError, TransportError
 
 
 class Conflict(Exception):
     """Somebody else wrote the object since it was read."""
+
+
+class Unavailable(Exception):
+    """The bucket did not answer, and may later."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,7 @@ class Object:
 
 
 class Objects(Protocol):
-    """One bucket."""
+    """One bucket. Any call may raise `Unavailable`."""
 
     def get(self, name: str) -> Object | None:
         """Reads an object; None if there is none."""
@@ -102,8 +111,31 @@ class Bucket:
             page = {"pageToken": token}
 
     def _call(self, method: str, path: str, *arguments: str, **options: object) -> tuple[Mapping[str, str], bytes]:
-        answer: Any = self._filesystem.call(method, path, *arguments, **options)
+        try:
+            answer: Any = self._filesystem.call(method, path, *arguments, **options)
+        except (FileNotFoundError, FileExistsError):
+            raise
+        except Exception as error:
+            if _is_transient(error):
+                raise Unavailable(f"gs://{self._name} does not answer: {str(error) or type(error).__name__}") from None
+            if isinstance(error, HttpError):
+                raise OSError(f"gs://{self._name}: {error}") from None
+            raise
         return answer
+
+
+def _is_transient(error: Exception) -> bool:
+    """Whether the same call may succeed later. gcsfs has tried a few times when it raises one of these."""
+    match error:
+        case HttpError():
+            return int(error.code or 500) in (401, 408, 429) or int(error.code or 500) >= 500
+        case RefreshError():
+            return error.retryable
+        case TransportError() | ChecksumError() | aiohttp.ClientError() | requests.RequestException():
+            return True
+        case _:
+            # The network's own; gcsfs says "no permission" with a plain OSError.
+            return isinstance(error, ConnectionError | TimeoutError | socket.gaierror)
 
 
 class _Body(io.BytesIO):

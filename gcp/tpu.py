@@ -27,7 +27,7 @@ from gcp.driver import ExistingVm, Launcher, TakenOver
 from gcp.gcloud import GcloudCloud
 from gcp.job import JobSpec
 from gcp.logs import LogReader, follow
-from gcp.objects import Objects, PlannedObjects, open_bucket
+from gcp.objects import Objects, PlannedObjects, Unavailable, open_bucket
 from gcp.record import Outcome, Record
 from qwq_jax.config.load import load_toml
 
@@ -92,6 +92,9 @@ def main(arguments: list[str] | None = None) -> int:
     except TakenOver as taken:
         print(f"interrupted: {taken}", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Unavailable as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_FAILED
     except (ValueError, Refused, GoogleAuthError, OSError) as error:
         # What the cloud says is told as it says it: permissions, buckets, credentials.
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

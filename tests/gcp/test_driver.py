@@ -10,6 +10,7 @@ import pytest
 from gcp import record as records
 from gcp.cloud import Refusal, Refused
 from gcp.driver import Launcher, TakenOver
+from gcp.objects import Unavailable
 from gcp.record import Outcome, Record
 from tests.gcp.memory import Clock, MemoryObjects, Workers, a_job, submitted
 from tests.gcp.world import World, WorldCloud
@@ -312,6 +313,39 @@ class Refusing(WorldCloud):
 
     def list(self, zone: str) -> Any:
         raise self.refused
+
+
+@dataclass
+class Flaky:
+    """The launcher's way to a bucket, closed from one time to another."""
+
+    inner: MemoryObjects
+    clock: Clock
+    closed: tuple[float, float]
+
+    def __getattr__(self, name: str) -> Any:
+        if self.closed[0] <= self.clock() < self.closed[1]:
+            raise Unavailable("gs://bucket does not answer")
+        return getattr(self.inner, name)
+
+
+@pytest.mark.parametrize("begin", range(15, 315, 15))
+def test_a_bucket_that_is_away_for_a_while(begin):
+    stage = Stage()
+    stage.workers.seconds = 9000.0
+    away = Flaky(stage.objects, stage.clock, (stage.begin + begin, stage.begin + begin + 7000))
+    record = stage.launcher(objects=away).drive("job")
+    assert record.outcome.kind == "done" and record.attempt == 1 and record.failures == 0
+    stage.check(results=["complete"])
+
+
+def test_the_deadline_holds_without_a_bucket():
+    stage = Stage(job=a_job(deadline_hours=1.0))
+    stage.workers.mute = True
+    away = Flaky(stage.objects, stage.clock, (stage.begin + 300, float("inf")))
+    with pytest.raises(Unavailable):
+        stage.launcher(objects=away).drive("job")
+    assert not stage.world.resources and stage.clock() < stage.begin + 3600 + 300
 
 
 def test_what_the_cloud_refuses_for_good_is_not_waited_for():

@@ -1,10 +1,14 @@
 """Conditional writes, by the launcher's client and by the agent's, to one bucket server."""
 
+import aiohttp
 import gcsfs
 import pytest
+import requests
+from gcsfs.retry import HttpError
+from google.auth.exceptions import TransportError
 
 from gcp import record, staging
-from gcp.objects import Bucket, Conflict, PlannedObjects
+from gcp.objects import Bucket, Conflict, PlannedObjects, Unavailable
 from gcp.worker import google
 from gcp.worker.google import Endpoints, Google
 from tests.gcp.bucket import bucket_server
@@ -68,6 +72,50 @@ def test_the_agent_reads_and_writes_the_same_bucket(bucket, agents, monkeypatch)
     assert agents.list("agent/") == ["agent/x y.json"]
     agents.bucket = "no-such-bucket"
     assert agents.get("x") is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        HttpError({"code": 503, "message": "Service Unavailable"}),
+        requests.exceptions.ProxyError(),
+        aiohttp.ClientConnectionError("no route to host"),
+        TimeoutError(),
+        TransportError("no token now"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_bucket_that_does_not_answer_is_one_kind_of_error(error):
+    bucket = Bucket("gs://bucket", Failing(error))
+    for call in (lambda: bucket.get("x"), lambda: bucket.put("x", b""), lambda: bucket.list("")):
+        with pytest.raises(Unavailable, match="gs://bucket does not answer: ."):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [
+        (OSError("Forbidden: b/bucket"), OSError),
+        (FileNotFoundError("b/bucket"), FileNotFoundError),
+        (HttpError({"code": 400, "message": "a bad name"}), OSError),
+    ],
+    ids=["forbidden", "no bucket", "bad request"],
+)
+def test_what_a_bucket_refuses_stays_what_it_is(error, seen):
+    with pytest.raises(seen):
+        Bucket("gs://bucket", Failing(error)).list("")
+
+
+class Failing:
+    """A file system whose calls fail."""
+
+    _location = ""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def call(self, *arguments: object, **options: object) -> None:
+        raise self._error
 
 
 def test_a_record_is_replaced_only_by_who_read_it(bucket):
