@@ -20,7 +20,7 @@ from qwq_jax import __version__
 from qwq_jax.config.evaluate import EvaluateConfig, load_rewards, read_ks
 from qwq_jax.config.inference import CHAT_SAMPLING, InferenceConfig
 from qwq_jax.config.load import build, load_toml
-from qwq_jax.config.plan import Calibration, Prices
+from qwq_jax.config.plan import Calibration, Prices, Provisioning
 from qwq_jax.config.preference import PreferenceConfig
 from qwq_jax.config.rl import RlConfig
 from qwq_jax.config.tasks import parse_source
@@ -372,8 +372,11 @@ def plan(
     prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Mean length of a prompt.")] = None,
     completion_tokens: Annotated[int | None, typer.Option(min=1, help="Mean length of a completion.")] = None,
     prices: Annotated[Path | None, typer.Option(help="TOML with the price of a chip's hour.")] = None,
-    provisioning: Annotated[str, typer.Option(help="Which price: on-demand, spot, reserved, ...")] = "on-demand",
-    calibration: Annotated[Path | None, typer.Option(help="TOML with measured times.")] = None,
+    provisioning: Annotated[Provisioning, typer.Option(help="Which price.")] = "on-demand",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="TOML with an entry [[measured]] a timed program: chip, program, seconds, predicted."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Directory for plan.json and plan.html.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Compilations at a time.")] = os.cpu_count() or 1,
     search: Annotated[bool, typer.Option("--search", help="Compile what is recommended too.")] = False,

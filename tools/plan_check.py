@@ -24,7 +24,7 @@ import numpy as np
 from qwq_jax.config.engine import EngineConfig
 from qwq_jax.config.mesh import MeshConfig
 from qwq_jax.config.model import ModelConfig
-from qwq_jax.config.plan import Calibration, Measured
+from qwq_jax.config.plan import Calibration, Measured, ProgramName
 from qwq_jax.config.train import SftConfig
 from qwq_jax.engine.arrays import arrays_of, pack
 from qwq_jax.engine.runner import engine_shape, lower_step
@@ -47,7 +47,7 @@ class Case:
     Attention of decoding is a loop whose length the program decides, and is added, as that of a kernel is on a TPU.
     """
 
-    program: str
+    program: ProgramName
     hidden: int
     layers: int
     rows: int

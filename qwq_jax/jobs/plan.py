@@ -22,7 +22,7 @@ from qwq_jax.plan.cost import ProgramCost
 from qwq_jax.plan.memory import INFERENCE_PHASES, RL_PHASES, SFT_PHASES, Memory, room_for_pages
 from qwq_jax.plan.page import write_page
 from qwq_jax.plan.result import TopologyPlan
-from qwq_jax.plan.search import engine_choices, train_choices
+from qwq_jax.plan.search import TrainChoice, engine_choices, engine_speed, train_choices
 from qwq_jax.plan.tables import show
 
 LOG = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def make_plans(job: Job, options: PlanOptions) -> list[TopologyPlan]:
     topologies = [parse_topology(name) for name in options.topologies]
     with _bar() as bar:
         usable = _usable(topologies, options, bar)
-        cases = [_arrange(job, topology, usable[topology.chip.name]) for topology in topologies]
+        cases = [_case(job, topology, usable[topology.chip.name]) for topology in topologies]
         plans = _compiled(_with_arrays(cases, options, bar), options, bar)
         if not options.search:
             return plans
@@ -100,8 +100,19 @@ def make_plans(job: Job, options: PlanOptions) -> list[TopologyPlan]:
         ]
         better = _compiled(_with_arrays(others, options, bar), options, bar)
     for index, other in zip(advised, better, strict=True):
-        plans[index] = replace(plans[index], better=replace(other, advice=()))
+        plans[index] = replace(
+            plans[index],
+            # An estimate that the compiler does not confirm is no advice.
+            **({"better": replace(other, advice=())} if _is_better(other, plans[index]) else {"advice": ()}),
+        )
     return plans
+
+
+def _is_better(other: TopologyPlan, than: TopologyPlan) -> bool:
+    if not other.fits:
+        return False
+    speed = "tokens_per_second_per_chip"
+    return not than.fits or other.facts.get(speed, 0.0) > than.facts.get(speed, 0.0)
 
 
 def read_topologies(names: str, all_usual: bool) -> tuple[str, ...]:
@@ -173,31 +184,54 @@ def _usable(topologies: Sequence[Topology], options: PlanOptions, bar: Progress)
     return {chip: answer["usable"] for chip, answer in zip(first, answers, strict=True)}
 
 
+def _case(job: Job, topology: Topology, usable: int) -> _Case:
+    """The job on a slice; what does not go together there is this slice's problem, not that of the others."""
+    try:
+        return _arrange(job, topology, usable)
+    except ValueError as error:
+        return _Case(topology, job, (), usable, f"{job.name} cannot be arranged on {topology.name}: {error}")
+
+
 def _arrange(job: Job, topology: Topology, usable: int) -> _Case:
     """The job with a mesh for this slice: its own where it has as many devices, otherwise the best that is known."""
     if job.devices == topology.devices:
         return _Case(topology, job, (), usable)
-    if job.kind == "inference":
-        engine = engine_of(job)
-        choices = engine_choices(job.model, topology, job.workload, usable=usable, engine=engine)
-        wanted = (engine.weights, engine.cache_dtype or "bfloat16")
-        alike = [choice for choice in choices if (choice.weights, choice.cache_dtype) == wanted]
-        if not alike:
-            return _Case(topology, job, (), usable, _no_engine_fits(job, topology, usable, wanted))
-        mesh, decode = alike[0].mesh, None
-    else:
+    if job.kind != "inference":
         lora = job.config.lora is not None
         trained = train_choices(job.model, topology, usable=usable, row_length=job.row_length, lora=lora)
         if not trained:
             return _Case(topology, job, (), usable, _no_training_fits(job, topology, usable))
-        mesh, decode = trained[0].mesh, None
-        if job.kind == "rl":
-            engine = engine_of(job)
-            served = engine_choices(job.model, topology, job.workload, usable=usable, engine=engine)
-            alike = [choice for choice in served if choice.weights is None]
-            decode = alike[0].mesh if alike else MeshConfig(data=1, tensor=topology.devices)
-    moved, settings = arranged(job, mesh, decode)
-    return _Case(topology, moved, settings, usable)
+        decode = _decode_mesh(job, topology, usable) if job.kind == "rl" else None
+        return _Case(topology, *_first_arranged(job, trained, decode), usable)
+    engine = engine_of(job)
+    choices = engine_choices(job.model, topology, job.workload, usable=usable, engine=engine)
+    wanted = (engine.weights, engine.cache_dtype or "bfloat16")
+    alike = [choice for choice in choices if (choice.weights, choice.cache_dtype) == wanted]
+    if not alike:
+        return _Case(topology, job, (), usable, _no_engine_fits(job, topology, usable, wanted))
+    return _Case(topology, *arranged(job, alike[0].mesh, None), usable)
+
+
+def _decode_mesh(job: Job, topology: Topology, usable: int) -> MeshConfig:
+    """The mesh of the engine of a run of reinforcement learning; its weights are not quantised."""
+    served = engine_choices(job.model, topology, job.workload, usable=usable, engine=engine_of(job))
+    alike = [choice for choice in served if choice.weights is None]
+    return alike[0].mesh if alike else MeshConfig(data=1, tensor=topology.devices)
+
+
+def _first_arranged(job: Job, choices: Sequence[TrainChoice], decode: MeshConfig | None) -> tuple[Job, tuple[str, ...]]:
+    """The job on the first of these meshes that its batch can be divided over; ValueError, that of the first, if none.
+
+    A batch is what a user has chosen: a mesh that needs another is no choice.
+    """
+    problem: ValueError | None = None
+    for choice in choices:
+        try:
+            return arranged(job, choice.mesh, decode)
+        except ValueError as error:
+            problem = problem or error
+    assert problem is not None, "no choice"
+    raise problem
 
 
 def _no_engine_fits(job: Job, topology: Topology, usable: int, wanted: tuple[str | None, str]) -> str:
@@ -411,8 +445,13 @@ def _advice(case: _Case, facts: Mapping[str, float]) -> tuple[str, ...]:
     job, topology = case.job, case.topology
     if job.kind == "inference":
         choices = engine_choices(job.model, topology, job.workload, usable=case.usable, engine=engine_of(job))
-        now = facts.get("tokens_per_second_per_chip", 0.0)
-        return tuple(choices[0].settings) if choices and choices[0].tokens_per_second > 1.1 * now else ()
+        if not choices or not facts:
+            return tuple(choices[0].settings) if choices else ()
+        # An estimate is compared with an estimate: the forms leave out what a compiled program also does.
+        engine = engine_of(job)
+        formats = engine.weights, engine.cache_dtype or "bfloat16"
+        own = engine_speed(job.model, topology, job.workload, (job.config.mesh, _live_rows(case)), formats)
+        return tuple(choices[0].settings) if choices[0].tokens_per_second > 1.1 * own else ()
     lora = job.config.lora is not None
     meshes = train_choices(job.model, topology, usable=case.usable, row_length=job.row_length, lora=lora)
     if not meshes or meshes[0].mesh == job.config.mesh:
@@ -422,4 +461,7 @@ def _advice(case: _Case, facts: Mapping[str, float]) -> tuple[str, ...]:
     if facts and (own is None or own < 1.1 * best):
         return ()
     decode = job.config.decode_mesh or job.config.mesh if job.kind == "rl" else None
-    return arranged(job, meshes[0].mesh, decode)[1]
+    try:
+        return _first_arranged(job, meshes, decode)[1]
+    except ValueError:  # no mesh that would do divides the batch
+        return ()

@@ -59,11 +59,14 @@ def answer_request(job: Mapping[str, Any], task: str, folder: Path) -> dict[str,
 
 
 def described_devices(topology: Topology) -> Sequence[Any]:
-    """The devices of a slice, or of several, as JAX sees them there."""
+    """The devices of a slice, or of several, as JAX sees them there; ValueError if there are none such."""
     words: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
     if topology.chip.configuration is not None:
         words["chip_config_name"] = topology.chip.configuration
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology.slice_name, **words).devices
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology.slice_name, **words).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"topology {topology.name}: the compiler knows no such slice ({error})") from None
 
 
 def describe_work(job: Mapping[str, Any], devices: Sequence[Any]) -> Work:
@@ -140,7 +143,7 @@ def _live_bytes(work: Work, live: int) -> int:
     return int(token * live)
 
 
-def _too_large(error: jax.errors.JaxRuntimeError) -> tuple[int, int]:
+def _too_large(error: Exception) -> tuple[int, int]:
     """Bytes that a program wants of a device, and what it may have; anything but a lack of memory is raised again."""
     found = _USED.search(str(error)) or _EXCEEDS.search(str(error))
     if found is None:

@@ -88,7 +88,7 @@ def engine_choices(
     """What fits, the fastest first; `engine` says what is not up for choice."""
     longest = min(engine.max_context or model.max_context, model.max_context)
     found = []
-    for tensor in tensor_sizes(model, topology.devices):
+    for tensor in tensor_sizes(model, topology.devices // topology.slices):
         for weights in (None, "int8", "int4"):
             for cache_dtype in ("bfloat16", topology.chip.cache_dtype):
                 left = CACHE_SHARE * (usable - weight_bytes(model, weights, tensor))
@@ -100,10 +100,22 @@ def engine_choices(
                     continue
                 rows = 1 << (fitting.bit_length() - 1)
                 mesh = MeshConfig(data=topology.devices // tensor, tensor=tensor)
-                step = _step_seconds(model, topology, workload, (tensor, rows), (weights, cache_dtype))
-                speed = rows * mesh.data / step / topology.chips
+                speed = engine_speed(model, topology, workload, (mesh, rows), (weights, cache_dtype))
                 found.append(EngineChoice(mesh, weights, cache_dtype, rows, speed))
     return sorted(found, key=lambda choice: -choice.tokens_per_second)
+
+
+def engine_speed(
+    model: ModelConfig,
+    topology: Topology,
+    workload: Workload,
+    arranged: tuple[MeshConfig, int],
+    formats: tuple[str | None, str],
+) -> float:
+    """Tokens a second of a chip, estimated, with a mesh and so many rows a replica, of these weights and cache."""
+    mesh, rows = arranged
+    step = _step_seconds(model, topology, workload, (mesh.tensor, rows), formats)
+    return rows * (mesh.size // mesh.tensor) / step / topology.chips
 
 
 def _step_seconds(

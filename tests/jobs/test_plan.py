@@ -10,6 +10,7 @@ import pytest
 from qwq_jax.__main__ import main
 from qwq_jax.jobs import plan as job
 from qwq_jax.jobs.plan_job import read_job
+from qwq_jax.jobs.plan_worker import described_devices
 from qwq_jax.plan.chips import GB, parse_topology
 from qwq_jax.plan.compiler import Request
 
@@ -20,7 +21,7 @@ USABLE = {"v5e": 16.9, "v6e": 33.5, "v5p": 102.8}
 
 def canned(request: Request) -> dict[str, Any]:
     """What a compiler might say, in round figures."""
-    chip = request.job["topology"].partition(":")[0]
+    chip = request.job["topology"].partition(":")[0].rpartition("*")[2]
     match request.task:
         case "device":
             return {"usable": int(USABLE[chip] * GB)}
@@ -169,6 +170,64 @@ def test_a_search_compiles_what_it_recommends(compiler: list[Request], tmp_path:
     assert plan["recommended"]["settings"] == plan["advice"] != []
     weights = [request.job["config"]["engine"]["weights"] for request in compiler if request.task == "decode"]
     assert weights[0] is None and weights[1] in ("int8", "int4")
+
+
+def test_what_the_compiler_does_not_confirm_is_no_advice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def slow_in_8_bits(requests: Sequence[Request], **_: Any) -> list[Mapping[str, Any]]:
+        answers = [canned(each) for each in requests]
+        for request, answer in zip(requests, answers, strict=True):
+            if request.task == "decode" and request.job["config"]["engine"]["weights"]:
+                answer["moved"] *= 1000
+        return answers
+
+    monkeypatch.setattr(job, "answer_all", slow_in_8_bits)
+    words = ("--model", QWQ, "--topology", "v6e:2x4", "--output", str(tmp_path), "--search")
+    assert run(INFERENCE, *words) == 0
+    (plan,) = json.loads((tmp_path / "plan.json").read_text())["topologies"]
+    assert plan["recommended"] is None and plan["advice"] == []
+
+
+def test_one_slice_that_a_batch_does_not_divide_over_is_not_the_others_problem(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = ("rows_per_step=4", "accumulation=1", "mesh.fsdp=4", "mesh.context=2", "mesh.tensor=8")
+    words = [word for setting in settings for word in ("--set", setting)]
+    topologies = "v5p:4x4x4,v5e:16x16"
+    assert run("configs/sft/qwq_32b_sft.toml", "--model", QWQ, "--topology", topologies, *words) == 2
+    text = " ".join(capsys.readouterr().out.split())
+    assert "cannot be arranged on v5e:16x16: " in text and "rows_per_step 4 does not divide" in text
+    assert "v5p:4x4x4 │ fsdp 4 x context 2 x tensor 8 │ 6." in text, "its own mesh, as before"
+
+
+@pytest.mark.parametrize("topology", ["v5e:16x16", "2*v5e:16x16"])
+def test_a_mesh_that_a_batch_divides_over_is_found(topology: str, compiler: list[Request]) -> None:
+    assert run("configs/sft/qwq_32b_sft.toml", "--model", QWQ, "--topology", topology) == 0
+    mesh = next(request.job["config"]["mesh"] for request in compiler if request.task == "step")
+    assert 64 % (mesh["data"] * mesh["fsdp"]) == 0 and mesh["data"] == (2 if "*" in topology else 1)
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "said"),
+    [
+        ("--prices", "[chip_hour]\n'v5lite.spot' = 1.0\n", "'v5lite.spot' is no CHIP.PROVISIONING: of v4, v5e"),
+        (
+            "--calibration",
+            "[[measured]]\nchip = 'v5e'\nprogram = 'prefil'\nseconds = 1.0\npredicted = 1.0\n",
+            "measured.0.program",
+        ),
+    ],
+)
+def test_files_beside_a_plan_name_what_there_is(
+    option: str, text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file.toml").write_text(text)
+    assert run(INFERENCE, "--model", QWQ, "--topology", "v6e:2x4", option, str(tmp_path / "file.toml")) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_slice_that_the_compiler_does_not_know_is_one_sentence() -> None:
+    with pytest.raises(ValueError, match="topology v5e:3x5: the compiler knows no such slice"):
+        described_devices(parse_topology("v5e:3x5"))
 
 
 @pytest.mark.parametrize(

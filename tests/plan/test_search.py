@@ -1,5 +1,7 @@
 """The closed forms of the search, against the arrays of the model itself."""
 
+from typing import get_args
+
 import jax.numpy as jnp
 import pytest
 
@@ -7,11 +9,11 @@ from qwq_jax.config.engine import EngineConfig
 from qwq_jax.config.load import load_toml
 from qwq_jax.config.mesh import MeshConfig
 from qwq_jax.config.model import ModelConfig
-from qwq_jax.config.plan import Calibration, Measured, Workload
+from qwq_jax.config.plan import Calibration, ChipName, Measured, Workload
 from qwq_jax.config.weights import parse_weights
 from qwq_jax.model.cache import cache_spec
 from qwq_jax.model.spec import model_spec
-from qwq_jax.plan.chips import GB, parse_topology
+from qwq_jax.plan.chips import CHIPS, GB, parse_topology
 from qwq_jax.plan.search import engine_choices, tensor_sizes, token_bytes, train_choices, weight_bytes
 from qwq_jax.sharding import decode_layout, make_mesh
 
@@ -92,6 +94,10 @@ def test_slices_share_out_data_alone() -> None:
     )
     assert [choice.mesh.model_copy(update={"data": 2}) for choice in one] == [choice.mesh for choice in two]
     assert all(pair[1].rows == 2 * pair[0].rows for pair in zip(one, two, strict=True))
+
+
+def test_prices_and_calibrations_name_the_chips_that_there_are() -> None:
+    assert set(get_args(ChipName)) == set(CHIPS)
 
 
 def test_a_calibration_is_the_mean_of_its_measurements() -> None:
