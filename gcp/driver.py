@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -206,6 +207,9 @@ def request(record: Record, *, boot: str, now: float) -> Request:
         "startup-script": boot,
         "qwq-jax-agent": f"{job.bucket.removeprefix('gs://')}/{record.staged.agent}",
         "qwq-jax-agent-sha256": record.staged.agent_sha256,
+        # For the start script, should no agent come up to end the VM.
+        "qwq-jax-deadline": f"{math.ceil(record.deadline)}",
+        "qwq-jax-resource": _path(record),
         "qwq-jax-job": assignment(record).to_json(),
     }
     return Request(
@@ -224,6 +228,12 @@ def request(record: Record, *, boot: str, now: float) -> Request:
         subnetwork=job.subnetwork,
         external_ips=job.external_ips,
     )
+
+
+def _path(record: Record) -> str:
+    """The resource in the words of the TPU API; empty for a VM that is its owner's."""
+    job = record.job
+    return "" if job.vm else f"projects/{job.project}/locations/{record.zone}/queuedResources/{record.resource}"
 
 
 def assignment(record: Record) -> Assignment:
@@ -286,6 +296,8 @@ class ExistingVm:
         given = {
             "QWQ_JAX_AGENT": request.metadata["qwq-jax-agent"],
             "QWQ_JAX_AGENT_SHA256": request.metadata["qwq-jax-agent-sha256"],
+            "QWQ_JAX_DEADLINE": request.metadata["qwq-jax-deadline"],
+            "QWQ_JAX_RESOURCE": request.metadata["qwq-jax-resource"],
             "QWQ_JAX_JOB": request.metadata["qwq-jax-job"],
         }
         exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in given.items())
