@@ -16,6 +16,10 @@ from gcp.machine import GRACE, POLL, Action, Conclude, Create, Delete, Seen, Ste
 from gcp.objects import Conflict, Objects, Unavailable
 from gcp.record import Outcome, Record, Saved
 from gcp.worker.assignment import Assignment
+from gcp.worker.guard import Reason
+
+# What a worker says of itself when its job has ended.
+_ENDED = frozenset(reason.value for reason in Reason)
 
 
 class TakenOver(Exception):
@@ -128,10 +132,12 @@ class Launcher:
         except Refused as refused:
             self.say(f"{record.resource}: {refused}")
             return Seen(unanswered=refused.reason, detail=refused.detail, outcome=outcome)
-        heard = None
+        heard, ended = None, False
         if resource is not None and resource.state is State.ACTIVE:
             found = self.objects.get(record.places.status(record.attempt))
-            heard = float(json.loads(found.data)["at"]) if found else None
+            if found is not None:
+                status = json.loads(found.data)
+                heard, ended = float(status["at"]), status.get("state") in _ENDED
             if self._outage:
                 # Workers cannot be heard through a bucket that is away, and need a while when it is back.
                 heard = max(heard or 0.0, self._outage)
@@ -142,6 +148,7 @@ class Launcher:
             detail=refused.detail if refused else "",
             outcome=outcome,
             heard=heard,
+            ended=ended,
         )
 
     def _save(self, saved: Saved, step: Step) -> None:

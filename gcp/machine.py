@@ -13,6 +13,9 @@ from gcp.record import Event, Interval, Outcome, OutcomeKind, Record
 POLL = 15.0
 # Seconds that a job has to save after the end of its run was decided on.
 GRACE = 120.0
+# Ends of a run that meet a running job, and how old a sign of life may be then: three signs were due meanwhile.
+_STOPPING = ("cancelled", "deadline", "idle")
+_LATELY = 90.0
 # The first wait after a failure or preemption, doubled by each further one, and the longest.
 FIRST_WAIT, LONGEST_WAIT = 10.0, 1800.0
 
@@ -28,6 +31,7 @@ class Seen:
         unanswered: Why the cloud did not say whether there is a resource; `resource` tells nothing then.
         outcome: Of the run, if it has ended.
         heard: When a worker of this attempt last gave a sign of life.
+        ended: It said that its job has ended.
     """
 
     resource: Resource | None = None
@@ -36,6 +40,7 @@ class Seen:
     unanswered: Refusal | None = None
     outcome: Outcome | None = None
     heard: float | None = None
+    ended: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,7 +189,8 @@ def _leaving(record: Record, seen: Seen, now: float) -> Step:
     if seen.unanswered is not None:
         return _unanswered(record, seen, now)
     if seen.resource is not None:
-        return Step(record, Wait(POLL) if seen.resource.state is State.DELETING else Delete())
+        wait = POLL if seen.resource.state is State.DELETING else min(POLL, _grace(seen, now))
+        return Step(record, Wait(wait) if wait > 0 else Delete())
     record = record.chips_returned(now)
     if seen.outcome is not None:
         return Step(_over(record, seen.outcome, now), Stop())
@@ -196,6 +202,16 @@ def _leaving(record: Record, seen: Seen, now: float) -> Step:
         last = next((e.text for e in reversed(record.events) if "failed" in e.text), "")
         return Step(record, Conclude("failed", f"{record.failures} failures; {record.job.failures} are borne ({last})"))
     return Step(record.changed(phase="resting", zone_index=record.next_zone_index), Wait(0.0))
+
+
+def _grace(seen: Seen, now: float) -> float:
+    """Seconds for which the job may still save: its agent sees the outcome, and deletes the resource when it has."""
+    outcome, resource = seen.outcome, seen.resource
+    if outcome is None or outcome.kind not in _STOPPING or resource is None or resource.state is not State.ACTIVE:
+        return 0.0
+    if seen.ended or seen.heard is None or seen.heard < outcome.at - _LATELY:
+        return 0.0
+    return outcome.at + GRACE - now
 
 
 def _preempted(record: Record, now: float, detail: str) -> Step:

@@ -76,6 +76,7 @@ class Workers:
         world: Where they run.
         seconds: Of work until the job is done.
         mute: They boot and say nothing.
+        saving: Seconds for which the job saves when it is stopped.
         done: Seconds of work so far.
         starts: Names of resources on which the job was started, each once.
     """
@@ -84,10 +85,13 @@ class Workers:
     world: World
     seconds: float = 3000.0
     mute: bool = False
+    saving: float = 0.0
     done: float = 0.0
     starts: list[str] = field(default_factory=list)
     results: list[str] = field(default_factory=list)
+    saved: list[str] = field(default_factory=list)
     _last: dict[str, float] = field(default_factory=dict)
+    _stopped: dict[str, float] = field(default_factory=dict)
 
     def __call__(self, queued: Queued, now: float) -> None:
         if self.mute:
@@ -97,6 +101,9 @@ class Workers:
         record = json.loads(self.objects.get(told["record"]).data)
         stale = (record["uid"], record["attempt"]) != (told["uid"], told["attempt"])
         if now >= told["deadline"] or self.objects.get(outcome) or stale:
+            if now < self._stopped.setdefault(queued.name, now) + self.saving:
+                return
+            self.saved.append(queued.name)
             self.world.drop(queued.zone, queued.name)
             return
         if queued.name not in self._last:

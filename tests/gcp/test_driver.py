@@ -168,6 +168,29 @@ def test_cancelled_at_every_state(after):
     assert stage.launcher("late").drive("job").outcome == ended.outcome
 
 
+@pytest.mark.parametrize("saving", [60.0, 1e9], ids=["saves", "never ends"])
+def test_a_cancelled_job_has_two_minutes_to_save(saving):
+    stage = Stage()
+    stage.workers.saving = saving
+    _lose(stage, after=500)
+    record = records.load(stage.objects, "job").record
+    begin = stage.clock()
+    records.conclude(stage.objects, record, Outcome(kind="cancelled", detail="", at=begin))
+    assert stage.launcher("canceller").drive("job").outcome.kind == "cancelled"
+    assert stage.workers.saved == (["job-abc123-1"] if saving == 60.0 else [])
+    ((_, _, end),) = stage.world.held()
+    assert begin + min(saving, 120) <= end <= begin + min(saving, 120) + 30
+    stage.check(results=[])
+
+
+def test_at_the_deadline_a_job_has_two_minutes_to_save():
+    stage = Stage(job=a_job(deadline_hours=0.5))
+    stage.workers.saving = 45.0
+    assert stage.run().outcome.kind == "deadline"
+    assert stage.workers.saved == ["job-abc123-1"]
+    stage.check(results=[])
+
+
 class Killed(BaseException):
     """As by SIGKILL: nothing is cleaned up."""
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from gcp.cloud import Refusal, Resource, State
-from gcp.machine import FIRST_WAIT, LONGEST_WAIT, Conclude, Create, Delete, Seen, Stop, Wait, back_off, decide
+from gcp.machine import FIRST_WAIT, LONGEST_WAIT, POLL, Conclude, Create, Delete, Seen, Stop, Wait, back_off, decide
 from gcp.record import Outcome
 from tests.gcp.memory import a_job, a_record
 
@@ -158,6 +158,21 @@ def test_vms_that_say_nothing_are_a_failure():
     assert decide(active, seen_of(State.ACTIVE, heard=NOW - 601), NOW).record.failures == 0
     assert decide(active, seen_of(State.ACTIVE, heard=NOW - 1201), NOW + 0).record.phase == "asked"
     assert decide(active.changed(active_at=NOW - 5000), seen_of(State.ACTIVE, heard=NOW - 1201), NOW).record.failures
+
+
+def test_who_is_waited_for_while_a_job_saves():
+    def action(
+        kind: str = "cancelled", state: State = State.ACTIVE, *, after: float = 60.0, **changes: object
+    ) -> object:
+        outcome = Outcome(kind=kind, detail="", at=NOW)
+        seen = seen_of(state, outcome=outcome, **({"heard": NOW - 30} | changes))
+        return decide(a_record(phase="leaving", attempt=1, created_resource=True), seen, NOW + after).action
+
+    assert [action(kind) for kind in ("cancelled", "deadline", "idle")] == [Wait(POLL)] * 3
+    assert action(after=115.0) == Wait(5.0) and action(after=120.0) == Delete()
+    assert action(heard=None) == action(heard=NOW - 100) == Delete(), "nobody is there to save"
+    assert action(ended=True) == Delete()
+    assert action("done") == action(state=State.LOST) == Delete()
 
 
 def test_back_off_doubles_up_to_a_bound():
