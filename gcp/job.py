@@ -10,7 +10,7 @@ from gcp.topology import Topology
 from qwq_jax.config.frozen import Frozen
 
 # Verbs that join the other hosts of a slice; the others run on one.
-DISTRIBUTED = ("generate", "sft", "rl", "dpo", "reward-model", "eval")
+DISTRIBUTED = ("generate", "sft", "rl", "dpo", "reward-model", "eval", "convert")
 Verb = Literal["generate", "sft", "rl", "dpo", "reward-model", "eval", "convert", "export", "warm-up"]
 Provisioning = Literal["on-demand", "spot", "reserved", "flex-start"]
 

@@ -1,14 +1,15 @@
 """Job files: those that ship, and what is wrong with others, in a sentence."""
 
+import shlex
 from pathlib import Path
 
 import pytest
 
-from gcp import submission
-from gcp.job import JobSpec
+from gcp import driver, manifest, submission, xpk
+from gcp.job import DISTRIBUTED, JobSpec
 from gcp.topology import Topology
 from qwq_jax.config.load import load_toml
-from tests.gcp.memory import MemoryObjects, a_job
+from tests.gcp.memory import MemoryObjects, a_job, a_record
 
 ROOT = Path(__file__).parents[2]
 JOBS = sorted((ROOT / "configs" / "gcp").glob("*.toml"))
@@ -53,7 +54,7 @@ def test_topologies(text, accelerator, hosts, chips_per_host):
         ({"topology": "v5e:2x2x2"}, "v5e has shapes such as v5e:4x4"),
         ({"topology": "v5e:3x3"}, "9 chips do not fill hosts of 4"),
         ({"zones": ()}, "zones"),
-        ({"verb": "convert", "topology": "v5e:4x4"}, "verb convert runs on one host"),
+        ({"verb": "export", "topology": "v5e:4x4"}, "verb export runs on one host"),
         ({"verb": "demo"}, "verb: expected"),
         ({"files": ("/etc/passwd",)}, "'/etc/passwd' is not a relative path"),
         ({"results": ("../x",)}, "'../x' is not a relative path"),
@@ -72,6 +73,18 @@ def test_bad_jobs(changes, sentence, tmp_path):
         load_toml(tmp_path / "job.toml", JobSpec)
     assert sentence in str(caught.value) and "job.toml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("verb", DISTRIBUTED)
+def test_verbs_that_join_hosts_are_told_to_on_several_hosts(verb):
+    for topology, told in (("v5e:4x4", ["--distributed"]), ("v5e:2x4", [])):
+        job = a_job(verb=verb, topology=topology, arguments=("a",))
+        given = driver.assignment(a_record(job, attempt=1))
+        assert given.command == [verb, "a", *told] and given.distributed == bool(told)
+        assert xpk.command_line(job, image="i", cluster="c").endswith(shlex.quote(shlex.join(given.command)))
+        (jobset,) = manifest.jobset(job, image="i", files={}, queue=None, namespace="n")
+        pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+        assert pod["containers"][0]["command"] == ["qwq-jax", *given.command]
 
 
 class TestCheck:
