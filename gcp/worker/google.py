@@ -1,6 +1,7 @@
 """The three Google services that a VM talks to, over HTTP, with the token of its own service account."""
 
 import hashlib
+import http.client
 import json
 import time
 import urllib.error
@@ -122,6 +123,10 @@ class Google:
             except OSError:
                 if not again:
                     raise
+            except http.client.HTTPException as error:
+                # An answer that broke off; it is no OSError of itself.
+                if not again:
+                    raise ConnectionError(f"{type(error).__name__}: {error}") from None
             time.sleep(0.5 * 2 ** (_TRIES - 1 - again))
         raise AssertionError("the last try returns or raises")
 

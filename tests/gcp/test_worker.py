@@ -1,6 +1,8 @@
 """The agent's parts, with a Google of files."""
 
 import hashlib
+import http.client
+import io
 import json
 import os
 import signal
@@ -16,7 +18,7 @@ from gcp.worker import install, rounds
 from gcp.worker.__main__ import _place
 from gcp.worker.agent import Agent, Pace, Place, Stopped
 from gcp.worker.assignment import Assignment
-from gcp.worker.google import Conflict
+from gcp.worker.google import Conflict, Endpoints, Google
 from gcp.worker.guard import Guard, Reason
 from gcp.worker.mirror import SEGMENT, LogMirror, ResultMirror
 
@@ -232,6 +234,26 @@ def test_who_holds_a_chip_is_killed(tmp_path):
     finally:
         holder.kill()
         holder.wait()
+
+
+@pytest.mark.parametrize("broken", [2, 100])
+def test_an_answer_that_breaks_off_is_asked_for_again_and_is_an_oserror(monkeypatch, broken):
+    tries = iter(range(1000))
+
+    class Answer(io.BytesIO):
+        def read(self, *arguments: Any) -> bytes:
+            if next(tries) < broken:
+                raise http.client.IncompleteRead(b"ha", 2)
+            return b"half"
+
+    monkeypatch.setattr("urllib.request.urlopen", lambda request, timeout: Answer())
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    google = Google(Endpoints())
+    if broken == 2:
+        assert google.metadata("x") == "half"
+    else:
+        with pytest.raises(OSError, match="IncompleteRead"):
+            google.metadata("x")
 
 
 def test_which_worker_this_is(google):
