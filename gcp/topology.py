@@ -37,7 +37,7 @@ GENERATIONS = {
     ),
     "v5p": Generation("v5p", 2, "v2-alpha-tpuv5", 3, 4, (4,), "tpu-v5p-slice", "ct5p-hightpu-{}t"),
     "v6e": Generation("v6e", 1, "v2-alpha-tpuv6e", 2, 4, (1, 4, 8), "tpu-v6e-slice", "ct6e-standard-{}t"),
-    "7x": Generation(None, 2, "", 3, 4, (4,), "tpu7x", "tpu7x-standard-{}t"),
+    "tpu7x": Generation(None, 2, "", 3, 4, (4,), "tpu7x", "tpu7x-standard-{}t"),
     # Workers without a TPU, to try a job out: cpu:4 is four of them.
     "cpu": Generation("cpu", 1, "tpu-ubuntu2204-base", 1, 1, (1,), "", ""),
 }

@@ -117,7 +117,7 @@ def test_manifest_and_xpk(place, capsys):
         (["submit", "none.toml"], "none.toml: cannot be read"),
         (["submit", "configs/gcp/generate_v6e.toml", "--set", "zone=a"], "zone: unknown key, did you mean zones?"),
         (["submit", "configs/gcp/rl_v5p.toml"], "files: data/math_train.jsonl cannot be read"),
-        (["submit", "configs/gcp/generate_v6e.toml", "--set", "topology=7x:2x2x1"], "offered through GKE only"),
+        (["submit", "configs/gcp/generate_v6e.toml", "--set", "topology=tpu7x:2x2x1"], "offered through GKE only"),
         (["submit", "configs/gcp/generate_v6e.toml", "--set", "provisioning=flex-start"], "use --client gcloud"),
         (["list", "bucket"], "expected gs://BUCKET"),
         (["manifest", "configs/gcp/generate_v6e.toml", "--image", "i"], "results: nothing mirrors files on GKE"),

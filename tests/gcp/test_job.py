@@ -2,13 +2,15 @@
 
 import shlex
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from gcp import driver, manifest, submission, xpk
 from gcp.job import DISTRIBUTED, JobSpec
-from gcp.topology import Topology
+from gcp.topology import GENERATIONS, Topology
 from qwq_jax.config.load import load_toml
+from qwq_jax.config.plan import ChipName
 from tests.gcp.memory import MemoryObjects, a_job, a_record
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +43,12 @@ def test_topologies(text, accelerator, hosts, chips_per_host):
     topology = Topology.parse(text)
     assert (topology.accelerator_type, topology.hosts, topology.chips_per_host) == (accelerator, hosts, chips_per_host)
     assert str(topology) == text
+
+
+def test_generations_are_named_as_in_the_price_table():
+    """One table serves `cost` and `qwq-jax plan`."""
+    assert {*GENERATIONS} - {"cpu"} == {*get_args(ChipName)}
+    assert Topology.parse("tpu7x:2x2x1").gke_machine == "tpu7x-standard-4t"
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ JOBS = {
     "several hosts": a_job(topology="v5p:4x4x4", provisioning="flex-start"),
     "several slices": a_job(topology="v5e:4x4", slices=4, provisioning="on-demand"),
     "reserved": a_job(topology="v4:2x2x4", provisioning="reserved", reservation="projects/p/reservations/r"),
-    "GKE only": a_job(topology="7x:2x2x2", environment={"A": "1"}),
+    "GKE only": a_job(topology="tpu7x:2x2x2", environment={"A": "1"}),
 }
 
 
