@@ -67,7 +67,11 @@ class GcloudCloud:
         with tempfile.TemporaryDirectory() as temporary:
             for key, value in request.metadata.items():
                 (Path(temporary) / key).write_text(value, encoding="utf-8")
-            self._call(create_words(request, Path(temporary)), request.zone, "--async")
+            self._run(self.create_command(request, Path(temporary)))
+
+    def create_command(self, request: Request, metadata: Path) -> Sequence[str]:
+        """The command line that asks for a queued resource, with `metadata` as in `create_words`."""
+        return self._command(create_words(request, metadata), request.zone, "--async")
 
     def delete(self, zone: str, name: str) -> None:
         """Deletes one with its nodes."""
@@ -99,15 +103,26 @@ class GcloudCloud:
         except json.JSONDecodeError:
             raise Refused(Refusal.TRANSIENT, f"gcloud {' '.join(words)} did not answer in JSON") from None
 
-    def _call(self, words: Sequence[str], zone: str, *options: str) -> str | None:
+    def _command(self, words: Sequence[str], zone: str, *options: str) -> Sequence[str]:
         track = ["alpha"] if any(word.startswith("--provisioning-model") for word in words) else []
         where = [f"--zone={zone}", f"--project={self.project}"]
-        done = self.run(["gcloud", *track, "compute", "tpus", *words, *where, *options])
+        return ["gcloud", *track, "compute", "tpus", *words, *where, *options]
+
+    def _call(self, words: Sequence[str], zone: str, *options: str) -> str | None:
+        """Runs a command line and returns what it printed; None if there is nothing to describe or delete."""
+        command = self._command(words, zone, *options)
+        try:
+            return self._run(command)
+        except Refused as refused:
+            if _NOT_FOUND.search(refused.detail) and words[1] in ("describe", "delete"):
+                return None
+            raise
+
+    def _run(self, command: Sequence[str]) -> str:
+        done = self.run(command)
         if done.returncode == 0:
             return done.stdout
         said = " ".join(done.stderr.split())
-        if _NOT_FOUND.search(said) and words[1] in ("describe", "delete"):
-            return None
         code = _CODE.search(said)
         otherwise = "UNAVAILABLE" if _NO_ANSWER.search(said) else "INVALID_ARGUMENT"
         raise Refused(refusal_of(code.group(1) if code else otherwise, said), said)

@@ -28,12 +28,19 @@ _CONFIGS: dict[str, type[Frozen]] = {
 Build = Callable[[], tuple[str, bytes]]
 
 
-def check(job: JobSpec, working_directory: Path) -> dict[str, bytes]:
+def check(job: JobSpec, working_directory: Path, *, client: str | None = None) -> dict[str, bytes]:
     """Reads all files of a job and checks what can be checked before chips are paid for.
+
+    Args:
+        job: As described.
+        working_directory: Where its files are.
+        client: How Cloud TPU will be asked, ``rest`` or ``gcloud``; None for GKE.
 
     Raises:
         ValueError: What the job would refuse after an hour in the queue.
     """
+    if client is not None:
+        _check_client(job, client)
     files = staging.read_files(job.files, working_directory)
     if (config := _CONFIGS.get(job.verb)) is not None:
         if not job.arguments or job.arguments[0].startswith("-"):
@@ -89,6 +96,17 @@ def submit(
             return _write(objects, fresh, saved).record
         except Conflict:
             continue  # somebody else submitted it this moment: theirs is looked at
+
+
+def _check_client(job: JobSpec, client: str) -> None:
+    """Raises what the client would raise once everything is staged. A VM that exists is not asked for."""
+    _ = job.slice.accelerator_type
+    if job.vm:
+        return
+    if job.provisioning == "flex-start" and client == "rest":
+        raise ValueError("provisioning flex-start: Google's Python client has no field for it; use --client gcloud")
+    if job.reservation and client == "gcloud":
+        raise ValueError("reservation: gcloud takes only the project's own; use --client rest")
 
 
 def _write(objects: Objects, fresh: Record, saved: Saved | None) -> Saved:

@@ -116,7 +116,7 @@ def submit(
 ) -> int:
     """Stage code and files, get chips, run the job to its end; killed, the same command goes on."""
     spec = load_toml(job, JobSpec, overrides or ())
-    files = submission.check(spec, Path.cwd())
+    files = submission.check(spec, Path.cwd(), client=client_name)
     context = _open(spec, client_name, dry_run=dry_run)
     record = submission.submit(
         context.objects,

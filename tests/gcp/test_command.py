@@ -1,18 +1,23 @@
 """``python gcp/tpu.py``: its verbs in a dry run, the README's walk, and what it says when it cannot."""
 
+import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gcp import staging, tpu
+from gcp import driver, staging, tpu
+from gcp.gcloud import GcloudCloud
+from gcp.job import JobSpec
 from gcp.logs import LogReader
 from gcp.price import Prices, cost
 from gcp.record import Interval
+from qwq_jax.config.load import load_toml
 from tests.gcp.memory import MemoryObjects, a_job, a_record
 
 ROOT = Path(__file__).parents[2]
@@ -89,6 +94,54 @@ def test_a_rehearsal_by_gcloud_prints_its_command_line(place, capsys):
     said = capsys.readouterr().out
     assert "queued-resources create qwq-generate-" in said and "--provisioning-model=flex-start" in said
     assert '"--output", "answers.jsonl"' in said
+
+
+@pytest.mark.parametrize("provisioning", ["spot", "flex-start"])
+def test_a_rehearsal_by_gcloud_prints_what_is_sent(place, capsys, monkeypatch, provisioning):
+    arguments = ["configs/gcp/generate_v6e.toml", "--client", "gcloud", "--set", f"provisioning={provisioning}"]
+    assert tpu.main(["submit", *arguments, "--dry-run"]) == 0
+    printed = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("gcloud ")]
+    sent: list[list[str]] = []
+
+    def run(command: Any) -> Any:
+        sent.append(list(command))
+        found: Any = {"name": name, "state": {"state": "ACTIVE"}, "tpu": {"nodeSpec": [{"nodeId": name}]}}
+        if "describe" not in command:
+            found = []
+        elif "tpu-vm" in command:
+            found = {"state": "READY"}
+        return subprocess.CompletedProcess(command, 0, json.dumps(found), "")
+
+    cloud = GcloudCloud("my-project", run)
+    (create,) = [words for words in printed if "create" in words]
+    name = create[create.index("create") + 1]
+    job = load_toml(place / arguments[0], JobSpec, [f"provisioning={provisioning}"])
+    record = a_record(job, attempt=1, now=0.0).changed(uid=name.split("-")[2])
+    cloud.create(driver.request(record, boot="", now=record.created))
+    cloud.get(record.zone, name)
+    cloud.list(record.zone)
+    cloud.delete(record.zone, name)
+    # Where the metadata lie, and how long is left, is another thing each time.
+    changing = ("--metadata-from-file", "--valid-until-duration", "--max-run-duration")
+    plain = [[word.partition("=")[0] if word.startswith(changing) else word for word in words] for words in printed]
+    assert len(sent) == 5
+    for words in sent:
+        assert [word.partition("=")[0] if word.startswith(changing) else word for word in words] in plain
+    assert ("alpha" in create) == (provisioning == "flex-start")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (["provisioning=flex-start"], "use --client gcloud"),
+        (["topology=tpu7x:2x2x1"], "offered through GKE only"),
+    ],
+)
+def test_what_the_client_cannot_ask_for_is_refused_before_anything_is_staged(place, capsys, changes, sentence):
+    words = [word for change in changes for word in ("--set", change)]
+    assert tpu.main(["submit", "configs/gcp/generate_v6e.toml", *words, "--dry-run"]) == 2
+    told = capsys.readouterr()
+    assert sentence in told.err and "PUT" not in told.out
 
 
 def test_a_vm_that_exists_is_never_deleted(place, capsys):
