@@ -1,9 +1,11 @@
 """From a job's description to its record, once, however often and from wherever it is submitted."""
 
 import hashlib
+import re
 import secrets
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from gcp import record as records
 from gcp import staging
@@ -23,6 +25,9 @@ _CONFIGS: dict[str, type[Frozen]] = {
     "dpo": PreferenceConfig,
     "reward-model": PreferenceConfig,
 }
+
+# What stands for a bucket in the configurations that ship.
+_PLACEHOLDER = re.compile(r"gs://BUCKET(/|$)")
 
 # Builds the wheel: its file name and bytes.
 Build = Callable[[], tuple[str, bytes]]
@@ -45,7 +50,9 @@ def check(job: JobSpec, working_directory: Path, *, client: str | None = None) -
     if (config := _CONFIGS.get(job.verb)) is not None:
         if not job.arguments or job.arguments[0].startswith("-"):
             raise ValueError(f"arguments: {job.verb} needs its TOML file as the first one")
-        load_toml(working_directory / job.arguments[0], config, _overrides(job.arguments))
+        settings = load_toml(working_directory / job.arguments[0], config, _overrides(job.arguments))
+        # GKE and a VM that exists may have disks of their own.
+        _check_settings(settings.model_dump(mode="json"), job, mounts=client is None or job.vm is not None)
     for index, argument in enumerate(job.arguments):
         if job.verb == "eval" and argument == "--rewards" and index + 1 < len(job.arguments):
             load_rewards(working_directory / job.arguments[index + 1])
@@ -107,6 +114,37 @@ def _check_client(job: JobSpec, client: str) -> None:
         raise ValueError("provisioning flex-start: Google's Python client has no field for it; use --client gcloud")
     if job.reservation and client == "gcloud":
         raise ValueError("reservation: gcloud takes only the project's own; use --client rest")
+
+
+def _check_settings(settings: dict[str, Any], job: JobSpec, *, mounts: bool) -> None:
+    """Refuses what the job's own configuration names and no host will find."""
+    source = job.arguments[0]
+    for key, text in _texts(settings):
+        if _PLACEHOLDER.match(text):
+            raise ValueError(f'{source}: {key} is still {text}; add "--set", "{key}=..." with your bucket to arguments')
+    staged = {PurePosixPath(name) for name in job.files}
+    for path in map(PurePosixPath, _inputs(settings)):
+        if path not in staged and not (mounts and path.is_absolute()):
+            raise ValueError(f"files: {source} reads {path}, which has to be listed")
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """All strings of nested tables, with their keys as dotted paths."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict | list):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(inner, f"{key}.{name}" if key else f"{name}")
+
+
+def _inputs(settings: dict[str, Any]) -> Iterator[str]:
+    """The local files that a configuration names."""
+    evaluation = settings.get("evaluation") or {}
+    for source in (*settings.get("tasks", ()), *evaluation.get("tasks", ())):
+        if "path" in source:
+            yield source["path"]
+    for key in ("train_files", "eval_files"):
+        yield from settings.get(key) or ()
 
 
 def _write(objects: Objects, fresh: Record, saved: Saved | None) -> Saved:

@@ -113,6 +113,53 @@ class TestCheck:
         with pytest.raises(ValueError, match="sft needs its TOML file"):
             submission.check(a_job(verb="sft"), tmp_path)
 
+    @pytest.fixture
+    def place(self, tmp_path):
+        """Where everything is that the jobs name."""
+        for path in JOBS:
+            for name in load_toml(path, JobSpec).files:
+                (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+                source = ROOT / name
+                (tmp_path / name).write_bytes(source.read_bytes() if source.exists() else b"{}")
+        settings = (
+            'model = "m"\ntrain_files = ["./conversations.jsonl"]\noutput_dir = "o"\nsteps = 1\nrows_per_step = 4\n'
+        )
+        (tmp_path / "sft.toml").write_text(settings)
+        return tmp_path
+
+    @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+    def test_the_jobs_that_ship_name_all_that_they_read(self, place, path):
+        job = load_toml(path, JobSpec)
+        assert set(submission.check(job, place, client="rest")) == set(job.files)
+
+    @pytest.mark.parametrize("missing", ["data/code_train.jsonl", "data/code_held_out.jsonl"])
+    def test_a_file_that_the_configuration_names_and_the_job_does_not(self, place, missing):
+        job = load_toml(ROOT / "configs/gcp/rl_v5p.toml", JobSpec)
+        less = job.model_copy(update={"files": tuple(name for name in job.files if name != missing)})
+        with pytest.raises(ValueError, match=f"files: configs/rl/qwq_32b_stage1.toml reads {missing}, which has to be"):
+            submission.check(less, place)
+
+    @pytest.mark.parametrize("key", ["train_files", "eval_files"])
+    def test_the_job_s_overrides_count(self, place, key):
+        job = load_toml(ROOT / "configs/gcp/tiny_cpu.toml", JobSpec)
+        other = job.model_copy(update={"arguments": ("sft.toml", "--set", f'{key}=["other.jsonl"]')})
+        with pytest.raises(ValueError, match=r"files: sft.toml reads other.jsonl, which has to be listed"):
+            submission.check(other, place)
+
+    def test_a_path_of_a_disk_is_for_hosts_that_may_have_one(self, place):
+        job = load_toml(ROOT / "configs/gcp/tiny_cpu.toml", JobSpec)
+        mounted = job.model_copy(update={"arguments": ("sft.toml", "--set", 'train_files=["/mnt/x.jsonl"]')})
+        submission.check(mounted, place)
+        submission.check(mounted.model_copy(update={"vm": "mine"}), place, client="rest")
+        with pytest.raises(ValueError, match=r"reads /mnt/x.jsonl"):
+            submission.check(mounted, place, client="rest")
+
+    def test_a_bucket_that_is_nobodys(self, place):
+        job = load_toml(ROOT / "configs/gcp/rl_v5p.toml", JobSpec)
+        forgotten = job.model_copy(update={"arguments": (job.arguments[0], *job.arguments[3:])})
+        with pytest.raises(ValueError, match='model is still gs://BUCKET/qwq-32b; add "--set", "model=..."'):
+            submission.check(forgotten, place)
+
     def test_a_file_that_is_not_listed(self, tmp_path):
         with pytest.raises(ValueError, match="has to be listed"):
             submission.check(a_job(arguments=("--rewards", "x.toml")), tmp_path)
