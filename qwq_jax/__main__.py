@@ -394,7 +394,7 @@ def plan(
         Prices() if prices is None else load_toml(prices, Prices),
         Calibration() if calibration is None else load_toml(calibration, Calibration),
         output,
-        runtime.cache_directory() / "plan",
+        runtime.plan_directory(),
         workers,
         search,
         provisioning,

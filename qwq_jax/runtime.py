@@ -3,6 +3,7 @@
 Nothing here happens at import: a job calls `start` first.
 """
 
+import hashlib
 import logging
 import os
 import re
@@ -26,10 +27,12 @@ __all__ = [
     "default_compute_dtype",
     "hide_abandoned_reads",
     "log_to_stderr",
+    "plan_directory",
     "start",
 ]
 
 _DEVICE_COUNT_FLAG = re.compile(r"--xla_force_host_platform_device_count=\d+\s*")
+_TPU_FLAGS = "LIBTPU_INIT_ARGS"
 # Faster compilations are cheaper to repeat than to look up.
 _WORTH_CACHING_SECONDS = 0.5
 _GOOGLE = "0x1ae0"
@@ -65,13 +68,26 @@ def start(*, simulate_devices: int | None = None, distributed: bool = False) -> 
 def compile_for_tpus(*, dump: Path) -> None:
     """Prepares JAX to compile for TPUs that are not here; before libtpu is loaded, which reads its settings once.
 
+    This program sets no flag that decides what is compiled, here or on a TPU: those that others set to hide exchanges
+    behind arithmetic (``--xla_tpu_enable_async_collective_fusion`` and its ``_fuse_all_gather`` and
+    ``_multiple_steps``, ``--xla_tpu_overlap_compute_collective_tc``, ``--xla_enable_async_all_gather``,
+    ``--xla_tpu_enable_latency_hiding_scheduler``) leave a step of training as it is, with as many exchanges in the
+    background and as much memory: they are libtpu 0.0.52's defaults. A user's own in ``LIBTPU_INIT_ARGS`` hold in both.
+
     Args:
         dump: Directory where libtpu writes the text of each program that it compiles, ``*hlo.txt``.
     """
     flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_pass_label_regex=none"
+    flags = f"{os.environ.get(_TPU_FLAGS, '')} {flags}".strip()
     # There is no TPU to ask what it is, and others may compile at the same time.
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true", "LIBTPU_INIT_ARGS": flags}
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true", _TPU_FLAGS: flags}
     jax.config.update("jax_platforms", "cpu")
+
+
+def plan_directory() -> Path:
+    """Where answers of the TPU compiler are kept: those under other flags of the user's own are others."""
+    kept, flags = cache_directory() / "plan", os.environ.get(_TPU_FLAGS)
+    return kept / hashlib.sha256(flags.encode()).hexdigest()[:16] if flags else kept
 
 
 def cache_directory() -> Path:

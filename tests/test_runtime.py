@@ -106,3 +106,10 @@ def test_a_compiler_for_tpus_is_not_taken_for_a_tpu(tmp_path, monkeypatch, vendo
     (tmp_path / "0000:00:01.0" / "vendor").write_text(f"{vendor}\n")
     monkeypatch.setattr(runtime, "find_spec", lambda name: object() if name == "libtpu" and libtpu else None)
     assert runtime.tpu_is_only_compiled_for(tmp_path) is expected
+
+
+def test_answers_of_the_compiler_under_other_flags_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    usual = runtime.plan_directory()
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_some_flag=true")
+    assert usual == runtime.cache_directory() / "plan" and runtime.plan_directory().parent == usual

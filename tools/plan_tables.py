@@ -180,7 +180,7 @@ def plans_of(asked: Asked) -> list[TopologyPlan]:
         Prices(),
         Calibration(),
         output=None,
-        store=runtime.cache_directory() / "plan",
+        store=runtime.plan_directory(),
         workers=os.cpu_count() or 1,
     )
     return make_plans(job, options)

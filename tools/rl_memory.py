@@ -72,7 +72,7 @@ def recipe_memory(name: str, overrides: Sequence[str] = ()) -> tuple[RlConfig, M
         Prices(),
         Calibration(),
         output=None,
-        store=runtime.cache_directory() / "plan",
+        store=runtime.plan_directory(),
         workers=os.cpu_count() or 1,
     )
     (plan,) = make_plans(job, options)

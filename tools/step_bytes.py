@@ -87,7 +87,7 @@ def measure(case: Case) -> StepBytes:
     config = InferenceConfig(engine=engine, mesh=MeshConfig(data=data, tensor=tensor))
     job = Job("step_bytes", "inference", config, model, Workload())
     request = Request({**job.described(case.topology), "live_tokens": rows * case.context}, "decode")
-    (answer,) = answer_all([request], store=runtime.cache_directory() / "plan", workers=1)
+    (answer,) = answer_all([request], store=runtime.plan_directory(), workers=1)
     if "used" in answer:
         raise ValueError(f"{case} needs {answer['used']:,} bytes of the {answer['usable']:,} of a device")
     cost = ProgramCost.from_json(answer)

@@ -18,8 +18,8 @@ from qwq_jax.jobs.plan_job import Job, arranged, changed, engine_of, program_nam
 from qwq_jax.jobs.plan_times import parts_of
 from qwq_jax.plan.chips import GB, USUAL_TOPOLOGIES, Topology, parse_topology
 from qwq_jax.plan.compiler import Request, answer_all, compilers, is_kept
-from qwq_jax.plan.cost import ProgramCost
-from qwq_jax.plan.memory import INFERENCE_PHASES, RL_PHASES, SFT_PHASES, Memory, room_for_pages
+from qwq_jax.plan.cost import ProgramCost, with_slices
+from qwq_jax.plan.memory import INFERENCE_PHASES, RL_PHASES, SFT_PHASES, STATE, Memory, room_for_pages
 from qwq_jax.plan.page import write_page
 from qwq_jax.plan.result import TopologyPlan
 from qwq_jax.plan.search import TrainChoice, engine_choices, engine_speed, train_choices
@@ -377,6 +377,10 @@ def _planned(case: _Case, found: Mapping[str, dict[str, Any]], options: PlanOpti
     if problems:
         return TopologyPlan(case.topology, case.job.kind, mesh, decode, case.settings, problems=tuple(problems))
     programs = {name: ProgramCost.from_json(answer) for name, answer in found.items()}
+    for name in {"step", "update"} & programs.keys():
+        # Without a separate program for gradients they are as large as the weights, a third of the state beside them.
+        gradients = arrays["gradients"] or arrays["held"][STATE] // 3
+        programs[name] = with_slices(programs[name], case.topology, gradients)
     code = sum(cost.code * arrays["counts"].get(name, 1) for name, cost in programs.items())
     memory = Memory(
         usable=arrays["usable"],

@@ -20,6 +20,7 @@ from qwq_jax.jobs import sft
 from qwq_jax.jobs.rl_start import describe_state, engine_layout, engine_settings, make_functions
 from qwq_jax.model.cache import CacheSpec, abstract_layer, cache_spec
 from qwq_jax.model.spec import model_spec
+from qwq_jax.plan.memory import STATE
 from qwq_jax.rl.learner import Rows, Total, Updater, make_scorer
 from qwq_jax.rl.optimizers import make_optimizers
 from qwq_jax.rl.policy import Policy
@@ -76,7 +77,7 @@ def sft_work(config: SftConfig, model: ModelConfig, devices: Sequence[Any]) -> W
     )
     rows = config.rows_per_step // config.accumulation
     batch = _batch((config.accumulation, rows, config.sequence_length), layout, ())
-    held: dict[str, Any] = {"trained weights and moments": target}
+    held: dict[str, Any] = {STATE: target}
     if frozen is not None:
         held["frozen weights"] = frozen
     return Work({"step": lambda: step.lower(target, batch, frozen)}, held, {})
@@ -100,7 +101,7 @@ def rl_work(
     fixed: Any = None
     if config.lora is not None or config.objective.uses_reference:
         fixed = abstract_params(model, dtype=config.compute_dtype, layout=layout)
-    held: dict[str, Any] = {"trained weights and moments": target.policy}
+    held: dict[str, Any] = {STATE: target.policy}
     if fixed is not None:
         held["frozen weights" if config.lora else "reference"] = fixed
     engine = _engine_work(engine_settings(config), model, decode)

@@ -1,7 +1,7 @@
 """From what a compiled program does to the least time that a chip takes for it."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from qwq_jax.plan.chips import Topology
@@ -134,6 +134,20 @@ def exchange_seconds(exchange: Collective, topology: Topology) -> float:
         between = topology.chip.between_slices / topology.chip.devices
         seconds += exchange.bytes / inside * _crossings(exchange.kind, slices) / between
     return seconds
+
+
+def with_slices(cost: ProgramCost, topology: Topology, gradients: int) -> ProgramCost:
+    """An update with what goes between slices, which its compiled text does not tell: the sum of gradients, once.
+
+    Args:
+        cost: Of the program that updates.
+        topology: One slice, to which nothing is added, or several.
+        gradients: Bytes of them on one device, which exchanges them with its like in the other slices.
+    """
+    if topology.slices == 1:
+        return cost
+    added = Collective("all-reduce", topology.slices, topology.devices // topology.slices, gradients, 1)
+    return replace(cost, collectives=(*cost.collectives, added))
 
 
 def _crossings(kind: str, members: int) -> float:

@@ -34,6 +34,8 @@ INFERENCE_PHASES: Mapping[str, Phase] = {
     "prompts": Phase(("prompts",), ("held", "engine")),
 }
 SFT_PHASES: Mapping[str, Phase] = {"step": Phase(("step",), ("held",))}
+# Among what is held in training: float32 weights and AdamW's two moments.
+STATE = "trained weights and moments"
 
 
 @dataclass(frozen=True)
