@@ -39,7 +39,7 @@ class JobSpec(Frozen):
         reservation: Full name, where the reservation is not the project's own.
         vm: Name of a TPU VM that exists and is to be used; it is never deleted.
         runtime_version: Image, where the usual one will not do.
-        service_account: Of the VMs; the project's default one otherwise.
+        service_account: Of the VMs; the project's default one otherwise. In a manifest, the Kubernetes one of the pods.
         network: VPC network; ``default`` otherwise.
         subnetwork: Of that network.
         external_ips: Whether VMs have addresses outside; installing from PyPI needs those or a NAT.

@@ -6,6 +6,7 @@ policy (`PodFailurePolicy`), and that ends the JobSet.
 """
 
 import hashlib
+import re
 from typing import Any
 
 import yaml
@@ -17,6 +18,7 @@ from gcp.job import DISTRIBUTED, JobSpec
 _MOST_BYTES = 1_000_000
 _GRACE_SECONDS = 120
 _DIRECTORY = "/job"
+_SERVICE_ACCOUNT = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 # What a container exits with after a signal, and "interrupted, everything is saved".
 RESTARTED = (42, *range(128, 256))
 
@@ -36,10 +38,7 @@ def jobset(
     Raises:
         ValueError: The job needs what a manifest cannot give.
     """
-    if job.vm:
-        raise ValueError("vm: a manifest is for GKE, which makes its own nodes")
-    if job.results:
-        raise ValueError("results: nothing mirrors files on GKE; give the outputs as gs:// addresses")
+    _check(job)
     objects = []
     volume = None
     if files:
@@ -65,6 +64,27 @@ def jobset(
     return objects
 
 
+def _check(job: JobSpec) -> None:
+    """Refuses what would be left out: it was asked for."""
+    if job.vm:
+        raise ValueError("vm: a manifest is for GKE, which makes its own nodes")
+    if job.results:
+        raise ValueError("results: nothing mirrors files on GKE; give the outputs as gs:// addresses")
+    if job.apt_packages:
+        raise ValueError("apt_packages: nothing is installed on GKE; put them into the image, and leave this empty")
+    for field in ("network", "subnetwork", "runtime_version"):
+        if getattr(job, field) is not None:
+            raise ValueError(f"{field}: the node pools of the cluster have theirs, and a manifest cannot choose it")
+    if not job.external_ips:
+        raise ValueError("external_ips: the node pools of the cluster decide it, and a manifest cannot")
+    if job.provisioning == "reserved" and job.reservation is None:
+        raise ValueError("reservation: GKE takes a reservation by its name only; give it")
+    if job.service_account is not None and not _SERVICE_ACCOUNT.fullmatch(job.service_account):
+        raise ValueError(
+            f"service_account: {job.service_account!r} is not the name of a Kubernetes service account, which pods have"
+        )
+
+
 def to_yaml(objects: list[dict[str, Any]]) -> str:
     """As ``kubectl apply -f -`` reads it."""
     return yaml.safe_dump_all(objects, sort_keys=False, width=120)
@@ -77,6 +97,7 @@ def _job(job: JobSpec, image: str, volume: dict[str, Any] | None) -> dict[str, A
         "completionMode": "Indexed",
         # A pod alone cannot come back: its neighbours wait for it in a collective. The JobSet starts them all.
         "backoffLimit": 0,
+        # Of this Job; the JobSet's next ones have as long again.
         "activeDeadlineSeconds": round(job.deadline_hours * 3600),
         "podFailurePolicy": {
             "rules": [
@@ -114,9 +135,10 @@ def _pod(job: JobSpec, image: str, volume: dict[str, Any] | None) -> dict[str, A
             selector["cloud.google.com/gke-spot"] = "true"
         case "flex-start":
             selector["cloud.google.com/gke-flex-start"] = "true"
-        case "reserved" if job.reservation:
+        case "reserved":
+            assert job.reservation is not None, "refused above"
             selector["cloud.google.com/reservation-name"] = job.reservation.rpartition("/")[2]
-        case _:
+        case "on-demand":
             pass
     pod: dict[str, Any] = {
         "restartPolicy": "Never",
@@ -125,6 +147,8 @@ def _pod(job: JobSpec, image: str, volume: dict[str, Any] | None) -> dict[str, A
         "tolerations": [{"key": "google.com/tpu", "operator": "Exists", "effect": "NoSchedule"}],
         "containers": [container],
     }
+    if job.service_account is not None:
+        pod["serviceAccountName"] = job.service_account
     if volume is not None:
         container["workingDir"] = _DIRECTORY
         container["volumeMounts"] = [{"name": "files", "mountPath": _DIRECTORY}]

@@ -70,6 +70,21 @@ def test_the_walks_other_commands():
     assert pip == ".venv/bin/python -m pip install -e '.[gcp]'"
 
 
+def test_the_manifest_of_the_readme(place, capsys):
+    (line,) = [block for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "tpu.py manifest" in block]
+    (place / "data").mkdir()
+    for name in ("math_train", "code_train", "math_held_out", "code_held_out"):
+        (place / "data" / f"{name}.jsonl").touch()
+    assert tpu.main(shlex.split(line.replace("\\\n", ""))[2:]) == 0
+    assert "kind: JobSet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["manifest", "xpk"])
+def test_verbs_that_only_print_have_no_dry_run(capsys, verb):
+    assert f"`{verb}`" in next(line for line in README.splitlines() if "no such option" in line)
+    assert tpu.main([verb, "job.toml", "--dry-run"]) == 2
+
+
 def test_the_results_lie_where_the_walk_fetches_them():
     (copy,) = [line for line in WALK if "storage cp" in line]
     (pattern,) = re.findall(r"gs://my-bucket/(\S+?)'", copy)

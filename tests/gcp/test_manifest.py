@@ -113,6 +113,13 @@ def test_where_it_runs():
     [
         (a_job(results=("a",)), {}, "results: nothing mirrors files on GKE"),
         (a_job(vm="mine", zones=("a",)), {}, "vm: a manifest is for GKE"),
+        (a_job(network="n"), {}, "network: the node pools"),
+        (a_job(subnetwork="n"), {}, "subnetwork: the node pools"),
+        (a_job(runtime_version="r"), {}, "runtime_version: the node pools"),
+        (a_job(external_ips=False), {}, "external_ips: the node pools"),
+        (a_job(apt_packages=("bubblewrap",)), {}, "apt_packages: nothing is installed on GKE"),
+        (a_job(provisioning="reserved"), {}, "reservation: GKE takes a reservation by its name only"),
+        (a_job(service_account="tpu@p.iam.gserviceaccount.com"), {}, "is not the name of a Kubernetes service account"),
         (a_job(topology="cpu:1"), {}, "GKE has no TPU nodes of this kind"),
         (a_job(), {"x": b"a" * 2_000_000}, "do not fit into a ConfigMap"),
         (a_job(), {"x": b"\xff"}, "a ConfigMap holds text"),
@@ -121,6 +128,13 @@ def test_where_it_runs():
 def test_what_a_manifest_cannot_give(job, files, sentence):
     with pytest.raises(ValueError, match=sentence):
         the_jobset(job, files)
+
+
+def test_the_service_account_is_the_pods(validator):
+    jobset = the_jobset(a_job(service_account="trainer"))
+    validator.validate(jobset)
+    pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["serviceAccountName"] == "trainer"
 
 
 def test_xpk():
