@@ -52,7 +52,7 @@ TABLES: Mapping[str, Asked] = {
         "Batch inference in bfloat16",
         "inference/qwq_32b.toml",
         "qwq-32b",
-        (*SLICES, "v5e:2x4", "v5e:2x2"),
+        (*SLICES, "v5e:2x4"),
         (1024, 4096),
     ),
     "int8": Asked(
@@ -92,11 +92,18 @@ TABLES: Mapping[str, Asked] = {
             "mesh.tensor=8",
         ),
     ),
+    "lora_32b": Asked(
+        "Reinforcement learning of adapters",
+        "rl/qwq_32b_stage1_v6e.toml",
+        "qwq-32b",
+        ("v4:2x2x4", "v5p:2x2x2", "v6e:4x4", "tpu7x:2x2x1"),
+        settings=("lora.rank=32", "optimizer.learning_rate=1e-5"),
+    ),
     "lora": Asked(
         "Reinforcement learning of adapters, R1-Distill-1.5B",
         "rl/r1_distill_1p5b_lora_v5e8.toml",
         "deepseek-r1-distill-qwen-1.5b",
-        ("v5e:2x4", "v4:2x2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"),
+        ("v5e:2x4",),
     ),
 }
 
