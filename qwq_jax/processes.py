@@ -4,7 +4,7 @@ They speak through the key-value store that `jax.distributed` keeps on process 0
 be at the same step as the others to be told something.
 
 Each also lays out a beat there, and watches those of the others, in a thread: a process that waits in a collective for
-one that has died, or has failed, would wait for ever.  JAX has heartbeats of its own, which come later and end a
+one that has died, has failed or hangs would wait for ever.  JAX has heartbeats of its own, which come later and end a
 process by an abort; that still happens, and at once, where process 0 dies, because the store goes with it.
 """
 
@@ -30,8 +30,11 @@ STEPS_PER_DECISION = 8
 BEAT_SECONDS = 5.0
 # Shorter than JAX's own patience, longer than any pause of a living thread.
 SILENCE_SECONDS = 40.0
+# A process whose beat goes on but whose work does not hangs: longer than compiling, saving or loading may take.
+STUCK_SECONDS = 1800.0
 _POLL_SECONDS = 0.1
-_DECISION_MILLISECONDS = 600_000
+# Longer than the watch needs to end a wait for a process that hangs.
+_DECISION_MILLISECONDS = int(2000 * STUCK_SECONDS)
 _ROOT = "qwq_jax"
 
 
@@ -89,7 +92,8 @@ class Peers:
         self._told = False
         self._stopping = False
         self._steps = 0
-        self._watch = None if store is None else _Watch(store, index)
+        self._signs = 0
+        self._watch = None if store is None else Watch(store, index, lambda: self._signs)
 
     @classmethod
     def meet(cls, stop: Callable[[], bool], *, starts_devices: bool = True) -> Self:
@@ -177,6 +181,7 @@ class Peers:
         wanted = self._stop()
         if self._store is None:
             return wanted
+        self._signs += 1
         self._tell(wanted)
         if self._clock() - self._read_at >= NEWS_SECONDS:
             self._read_at = self._clock()
@@ -197,6 +202,7 @@ class Peers:
         if self._store is None:
             return self._stop()
         self._tell(self._stop())
+        self._signs += 1
         self._steps += 1
         if self._steps % STEPS_PER_DECISION:
             return False
@@ -234,28 +240,47 @@ class Peers:
         return stop
 
 
-class _Watch(threading.Thread):
-    """Says every few seconds that this process lives, and ends it when another one does not, or has failed."""
+class Watch(threading.Thread):
+    """Says every few seconds that this process lives, and ends it when another one does not, hangs, or has failed.
 
-    def __init__(self, store: Store, index: int) -> None:
+    Args:
+        store: Where all lay out their beats.
+        index: Of this process.
+        signs: How often the work of this process has shown itself so far.
+        clock: In seconds.
+    """
+
+    def __init__(
+        self, store: Store, index: int, signs: Callable[[], int], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         super().__init__(daemon=True)
         self._store = store
         self._index = index
+        self._signs = signs
+        self._clock = clock
         self._left = threading.Event()
         self._heard: dict[str, tuple[str, float]] = {}
+        self._worked: dict[str, tuple[int, float]] = {}
         # Without process 0 the others hear nothing any more: it goes last.
         self._patience = SILENCE_SECONDS if index else SILENCE_SECONDS + 2 * BEAT_SECONDS
 
     def run(self) -> None:
+        """Until it is left."""
         beat = 0
         while not self._left.is_set():
             try:
-                self._store.key_value_set(f"{_ROOT}/beat/{self._index}", str(beat), allow_overwrite=True)
-                found = self._store.key_value_dir_get(f"{_ROOT}/beat/")
-                found += self._store.key_value_dir_get(f"{_ROOT}/news/failed/")
+                told = json.dumps([beat, self._signs()])
+                self._store.key_value_set(f"{_ROOT}/beat/{self._index}", told, allow_overwrite=True)
+                beats = self._store.key_value_dir_get(f"{_ROOT}/beat/")
+                failures = self._store.key_value_dir_get(f"{_ROOT}/news/failed/")
             except JaxRuntimeError:  # the store is gone, and JAX ends this process
                 return
-            self._judge(found)
+            trouble = self.silent(beats + failures) or self.stuck(beats)
+            if trouble is not None:
+                print(f"interrupted: {trouble}; what is finished is saved, the same command goes on", file=sys.stderr)
+                sys.stderr.flush()
+                # The main thread may be waiting for the other process, where nothing wakes it.
+                os._exit(EXIT_INTERRUPTED)
             beat += 1
             self._left.wait(BEAT_SECONDS)
 
@@ -268,19 +293,32 @@ class _Watch(threading.Thread):
         except JaxRuntimeError:  # no store, no beat
             return
 
-    def _judge(self, found: list[tuple[str, str]]) -> None:
-        now = time.monotonic()
+    def silent(self, found: list[tuple[str, str]]) -> str | None:
+        """What is wrong with a process whose beat, or report of a failure, has stood still; None if nothing is."""
+        now = self._clock()
         for key, value in found:
             if self._heard.get(key, ("", now))[0] != value:
                 self._heard[key] = value, now
             elif now - self._heard[key][1] >= self._patience:
                 index = key.rpartition("/")[2]
                 told = f"failed: {value}" if "/failed/" in key else f"has not been heard of for {self._patience:.0f} s"
-                print(
-                    f"interrupted: process {index} {told}; what is finished is saved, the same command goes on",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                os._exit(
-                    EXIT_INTERRUPTED
-                )  # the main thread may be waiting for the other process, where nothing wakes it
+                return f"process {index} {told}"
+        return None
+
+    def stuck(self, beats: list[tuple[str, str]]) -> str | None:
+        """Which process hangs, because its beat goes on and its work does not; None if none does.
+
+        Those that wait for it stand still too: it is the one that has come the least far. Before its first sign of work
+        a process loads and compiles, which may take any time.
+        """
+        now, waiting = self._clock(), {}
+        for key, value in beats:
+            signs = json.loads(value)[1]
+            if self._worked.get(key, (-1, now))[0] != signs:
+                self._worked[key] = signs, now
+            elif signs and now - self._worked[key][1] >= STUCK_SECONDS:
+                waiting[key.rpartition("/")[2]] = signs
+        if not waiting:
+            return None
+        least = min(waiting, key=lambda index: (waiting[index], int(index)))
+        return f"process {least} lives but has not gone on for {STUCK_SECONDS:.0f} s"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from qwq_jax.interrupt import Interrupted
-from qwq_jax.processes import STEPS_PER_DECISION, PeerFailed, Peers
+from qwq_jax.processes import SILENCE_SECONDS, STEPS_PER_DECISION, STUCK_SECONDS, PeerFailed, Peers, Watch
 
 
 class Memory:
@@ -139,3 +139,37 @@ def test_all_were_given_the_same() -> None:
         second_again = Peers(never, index=1, count=2, store=second._store)
         second_again._store.values.pop("qwq_jax/given/1")  # type: ignore
         second_again.require_same({"seed": 2, "input": {"bytes": 4}, "mesh": (2, 1)})
+
+
+def beats(*signs: int, beat: int = 0) -> list[tuple[str, str]]:
+    return [(f"qwq_jax/beat/{index}", f"[{beat}, {count}]") for index, count in enumerate(signs)]
+
+
+def test_a_process_that_hangs_is_named_and_not_those_that_wait_for_it() -> None:
+    clock = Clock()
+    watch = Watch(Memory(), 0, lambda: 0, clock)
+    assert watch.stuck(beats(0, 5, 5)) is None
+    clock.seconds = STUCK_SECONDS / 2
+    assert watch.stuck(beats(0, 9, 8)) is None
+    clock.seconds = STUCK_SECONDS * 1.4
+    assert watch.stuck(beats(0, 9, 8)) is None, "not for so long yet; and process 0 has not begun"
+    clock.seconds = STUCK_SECONDS * 1.5
+    assert watch.stuck(beats(0, 9, 8)) == "process 2 lives but has not gone on for 1800 s"
+    assert watch.stuck(beats(0, 9, 9)) == "process 1 lives but has not gone on for 1800 s", "2 has gone on"
+
+
+def test_a_process_that_is_silent_is_named() -> None:
+    clock = Clock()
+    watch = Watch(Memory(), 1, lambda: 0, clock)
+    assert watch.silent(beats(3, 3, beat=1)) is None
+    clock.seconds = SILENCE_SECONDS
+    assert watch.silent([beats(3, 3, beat=1)[0], beats(3, 3, beat=2)[1]]) == "process 0 has not been heard of for 40 s"
+
+
+def test_every_question_whether_to_stop_is_a_sign_of_work() -> None:
+    store = Memory()
+    peer = Peers(never, index=0, count=2, store=store)
+    with peer:
+        peer.stopping()
+        peer.stopping_together(1)
+        assert peer._watch is not None and peer._watch._signs() == 2
