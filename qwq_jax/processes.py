@@ -27,7 +27,8 @@ from qwq_jax.interrupt import EXIT_INTERRUPTED, Interrupted
 
 NEWS_SECONDS = 1.0
 STEPS_PER_DECISION = 8
-BEAT_SECONDS = 5.0
+# The sum of both, and of two beats for process 0, stays well below the minute after which JAX aborts a process.
+BEAT_SECONDS = 2.0
 # Shorter than JAX's own patience, longer than any pause of a living thread.
 SILENCE_SECONDS = 40.0
 # A process whose beat goes on but whose work does not hangs: longer than compiling, saving or loading may take.

@@ -49,6 +49,7 @@ from qwq_jax.jobs.fine_tuning import (
     write_model,
 )
 from qwq_jax.model.lora import random_adapters
+from qwq_jax.processes import Peers
 from qwq_jax.rl.learner import ForwardConfig, Rows, forward, make_scorer
 from qwq_jax.rl.pair_training import (
     REFERENCE_COLUMN,
@@ -177,7 +178,7 @@ def train(config: PreferenceConfig) -> PreferenceReport:
         raise ValueError(f"{output} is at step {step} already, beyond stop_after = {config.last_step}")
     with ExitStack() as resources:
         resources.enter_context(explained(f"cannot write {output}"))
-        stop = resources.enter_context(StopRequested())
+        stop = resources.enter_context(Peers.meet(resources.enter_context(StopRequested()))).stopping
         begun = begin(config, start, data, layout, step=step, stop=stop)
         if step:
             LOG.info("going on after step %d of %s", step, output)

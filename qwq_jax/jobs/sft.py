@@ -43,6 +43,7 @@ from qwq_jax.jobs.fine_tuning import (
     write_model,
 )
 from qwq_jax.model.lora import num_adapter_parameters, random_adapters
+from qwq_jax.processes import Peers
 from qwq_jax.runtime import default_compute_dtype
 from qwq_jax.sft.data import Examples, read_examples
 from qwq_jax.sft.loss import make_sft_loss
@@ -168,10 +169,11 @@ def train(config: SftConfig) -> SftReport:
     with ExitStack() as resources:
         resources.enter_context(explained(f"cannot write {output}"))
         log = resources.enter_context(MetricsLog(output, resume_step=step)) if jax.process_index() == 0 else None
-        stop, progress = resources.enter_context(StopRequested()), resources.enter_context(progress_bar())
+        peers = resources.enter_context(Peers.meet(resources.enter_context(StopRequested())))
+        progress = resources.enter_context(progress_bar())
         trainer = Trainer(work, stream=stream, store=store, log=log, intervals=intervals, identity=identity)
         report = reporter(progress, done=step, steps=config.last_step)
-        outcome = trainer.run(state, should_stop=stop, report=report)
+        outcome = trainer.run(state, should_stop=peers.stopping, report=report)
     if not outcome.finished:
         raise Interrupted(f"step {int(outcome.state.step)} is saved in {output}; the same command goes on from there")
     return finish(config, start, outcome.state, frozen=frozen, store=store, target=target)

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from qwq_jax.jobs.convert import convert
 from qwq_jax.sharding import make_mesh, train_layout
 from qwq_jax.train.metrics import read_records
 from tests.checkpoint.sources import random_tensors, write_source
-from tests.multihost.launch import together
+from tests.multihost.launch import ends_of, start, together
 from tests.sft.chat_directory import THINKING, VOCABULARY, write_tokenizer
 
 STEPS = 6
@@ -131,3 +133,34 @@ def test_training_is_that_of_one_process_also_after_a_stop(recipe: Path, one: Pa
         left, right = (read_param(checkpoint, name).astype(np.float32) for checkpoint in checkpoints)
         # Adam divides by the root of its second moment, and bf16 keeps 8 bits: one rounding apart.
         np.testing.assert_allclose(left, right, rtol=2**-6, atol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+def test_when_one_process_is_stopped_or_dies_all_end_and_the_same_command_goes_on(recipe: Path, sent: int) -> None:
+    folder = recipe.parent
+    long = [part for each in ("steps=60", "eval_every=20", "save_every=10") for part in ("--set", each)]
+    calm, output = folder / f"calm {sent}", folder / f"disturbed {sent}"
+    command = ("-m", "qwq_jax", "sft", str(recipe), "--distributed", "--simulate-devices", "4", *long)
+    assert [end.returncode for end in together(*command, "--set", f"output_dir={calm}")] == [0, 0]
+    started = start(*command, "--set", f"output_dir={output}")
+    metrics = output / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not metrics.exists() or len(read_records(metrics)) < 13:
+        assert time.monotonic() < deadline and all(process.poll() is None for process in started)
+        time.sleep(0.1)
+    started[1].send_signal(sent)
+    sent_at = time.monotonic()
+    ends = ends_of(started)
+    assert time.monotonic() - sent_at < 60
+    print(ends[0].stderr[:6000])
+    assert ends[0].returncode == 42 and ends[1].returncode == (42 if sent == signal.SIGTERM else -sent), ends
+    said = "the same command goes on" if sent == signal.SIGTERM else "process 1 has not been heard of"
+    assert said in ends[0].stderr
+    assert len(read_records(metrics)) < 60, "in the middle"
+    assert [end.returncode for end in together(*command, "--set", f"output_dir={output}")] == [0, 0]
+    records = [read_records(run / "metrics.jsonl") for run in (calm, output)]
+    assert [r["step"] for r in records[1]] == [r["step"] for r in records[0]] == list(range(1, 61))
+    for left, right in zip(*records, strict=True):
+        assert (left["tokens"], left["loss"]) == (right["tokens"], right["loss"]), "to the last bit"
