@@ -115,13 +115,25 @@ class Bucket:
             answer: Any = self._filesystem.call(method, path, *arguments, **options)
         except (FileNotFoundError, FileExistsError):
             raise
-        except Exception as error:
+        except _ERRORS as error:
             if _is_transient(error):
                 raise Unavailable(f"gs://{self._name} does not answer: {str(error) or type(error).__name__}") from None
             if isinstance(error, HttpError):
                 raise OSError(f"gs://{self._name}: {error}") from None
             raise
         return answer
+
+
+# What a call raises where the bucket, the network or the credentials are at fault.
+_ERRORS = (
+    HttpError,
+    RefreshError,
+    TransportError,
+    ChecksumError,
+    aiohttp.ClientError,
+    requests.RequestException,
+    OSError,
+)
 
 
 def _is_transient(error: Exception) -> bool:
