@@ -193,17 +193,23 @@ def plans_of(asked: Asked) -> list[TopologyPlan]:
     return make_plans(job, options)
 
 
+def command(asked: Asked) -> str:
+    """What a user would type for it."""
+    prompt, completion = asked.lengths
+    words = ["qwq-jax plan", f"configs/{asked.config}", f"--model configs/models/{asked.model}.toml"]
+    words += [f"--topology {','.join(asked.topologies)}", *(f"--set {word}" for word in asked.settings)]
+    words += [f"--prompt-tokens {prompt} --completion-tokens {completion}"] if prompt else []
+    return " ".join(words)
+
+
 def table(asked: Asked) -> str:
     """One job's table, in Markdown."""
     plans = plans_of(asked)
     names = [name for name in FACTS if any(name in plan.facts for plan in plans)]
-    settings = "".join(f" --set {word}" for word in asked.settings)
-    prompt, completion = asked.lengths
-    lengths = f" --prompt-tokens {prompt} --completion-tokens {completion}" if prompt else ""
     lines = [
         f"## {asked.title}",
         "",
-        f"`qwq-jax plan configs/{asked.config} --model configs/models/{asked.model}.toml{settings}{lengths}`",
+        f"`{command(asked)}`",
         "",
         f"| slice | mesh | GB | {' | '.join(FACTS[name] for name in names)} |",
         "|---|---|---|" + "---|" * len(names),
