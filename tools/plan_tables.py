@@ -132,6 +132,7 @@ PUBLISHED = (
         "Qwen3-32B bfloat16, v6e-4, 64 sequences, 1k in and 1k out (SGLang-JAX)",
         494,
         Asked("", "inference/qwq_32b.toml", "qwq-32b", ("v6e:2x2",), (1024, 1024), ("engine.max_context=2048",)),
+        why="a served run with its prompts and its host; Qwen3-32B has 64 query heads and a feed-forward of 25,600",
     ),
     Published(
         "Llama-3.3-70B bfloat16, v6e-8, 128 sequences, 1k in and 1k out (vLLM)",
@@ -144,6 +145,8 @@ PUBLISHED = (
             (1024, 1024),
             ("engine.max_context=2048", "engine.max_sequences=128"),
         ),
+        why="a served run with its prompts and its host; the same sizes but for the vocabulary (128,256) and the "
+        "feed-forward (28,672)",
     ),
     Published(
         "Llama-3.1-70B int8, v5e-16, 128 sequences (jax-llm-examples)",
