@@ -237,7 +237,11 @@ def _mesh_of_slices(shape: tuple[int, ...], devices: Sequence[Any], slices: int)
             f"mesh.data={data}: these devices are of {slices} slices, between which only data can be split, so it must "
             f"be a multiple of {slices}"
         )
-    return _mesh(mesh_utils.create_hybrid_device_mesh((data // slices, *within), (slices, 1, 1, 1), devices))
+    shapes = (data // slices, *within), (slices, 1, 1, 1)
+    try:
+        return _mesh(mesh_utils.create_hybrid_device_mesh(*shapes, devices))
+    except NotImplementedError:  # as of one slice
+        return _mesh(mesh_utils.create_hybrid_device_mesh(*shapes, devices, allow_split_physical_axes=True))
 
 
 def rearranged(mesh: Mesh, config: MeshConfig) -> Mesh:

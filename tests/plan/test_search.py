@@ -11,6 +11,7 @@ from qwq_jax.config.mesh import MeshConfig
 from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.plan import Calibration, ChipName, Measured, Workload
 from qwq_jax.config.weights import parse_weights
+from qwq_jax.jobs.plan_worker import described_devices
 from qwq_jax.model.cache import cache_spec
 from qwq_jax.model.spec import model_spec
 from qwq_jax.plan.chips import CHIPS, GB, parse_topology
@@ -98,6 +99,18 @@ def test_slices_share_out_data_alone() -> None:
 
 def test_prices_and_calibrations_name_the_chips_that_there_are() -> None:
     assert set(get_args(ChipName)) == set(CHIPS)
+
+
+@pytest.mark.parametrize("topology", ["v5e:16x16", "2*v5e:16x16"])
+def test_devices_lie_in_the_meshes_that_are_found(topology: str) -> None:
+    """Also where an axis is no product of the torus' own sides."""
+    slices = parse_topology(topology)
+    devices = tuple(described_devices(slices))
+    for choice in train_choices(QWQ, slices, usable=int(16.9 * GB), row_length=131_072):
+        found = make_mesh(choice.mesh, devices).devices
+        assert found.size == slices.devices == len(set(found.flat))
+        first = {getattr(device, "slice_index", 0) for device in found[0].flat}
+        assert len(first) == 1, "one slice"
 
 
 def test_a_calibration_is_the_mean_of_its_measurements() -> None:
