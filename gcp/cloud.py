@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from gcp.job import Provisioning
+from qwq_jax.config.plan import Provisioning
 
 
 class State(Enum):

@@ -8,11 +8,11 @@ from pydantic import Field, model_validator
 
 from gcp.topology import Topology
 from qwq_jax.config.frozen import Frozen
+from qwq_jax.config.plan import Provisioning
 
 # Verbs that join the other hosts of a slice; the others run on one.
 DISTRIBUTED = ("generate", "sft", "rl", "dpo", "reward-model", "eval", "convert")
 Verb = Literal["generate", "sft", "rl", "dpo", "reward-model", "eval", "convert", "export", "warm-up"]
-Provisioning = Literal["on-demand", "spot", "reserved", "flex-start"]
 
 # Google allows 63 characters in the name of a resource; we append a run and an attempt.
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")

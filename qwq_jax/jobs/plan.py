@@ -100,11 +100,10 @@ def make_plans(job: Job, options: PlanOptions) -> list[TopologyPlan]:
         ]
         better = _compiled(_with_arrays(others, options, bar), options, bar)
     for index, other in zip(advised, better, strict=True):
-        plans[index] = replace(
-            plans[index],
-            # An estimate that the compiler does not confirm is no advice.
-            **({"better": replace(other, advice=())} if _is_better(other, plans[index]) else {"advice": ()}),
-        )
+        if _is_better(other, plans[index]):
+            plans[index] = replace(plans[index], better=replace(other, advice=()))
+        else:  # an estimate that the compiler does not confirm is no advice
+            plans[index] = replace(plans[index], advice=())
     return plans
 
 

@@ -112,21 +112,12 @@ def engine_speed(
     arranged: tuple[MeshConfig, int],
     formats: tuple[str | None, str],
 ) -> float:
-    """Tokens a second of a chip, estimated, with a mesh and so many rows a replica, of these weights and cache."""
-    mesh, rows = arranged
-    step = _step_seconds(model, topology, workload, (mesh.tensor, rows), formats)
-    return rows * (mesh.size // mesh.tensor) / step / topology.chips
+    """Tokens a second of a chip, estimated, with a mesh and so many rows a replica, of these weights and cache.
 
-
-def _step_seconds(
-    model: ModelConfig,
-    topology: Topology,
-    workload: Workload,
-    sizes: tuple[int, int],
-    types: tuple[str | None, str],
-) -> float:
-    """Of a decode step, and of the prompts that come in meanwhile."""
-    (tensor, rows), (weights, cache_dtype) = sizes, types
+    The time is that of a decode step, and of the prompts that come in meanwhile.
+    """
+    (mesh, rows), (weights, cache_dtype) = arranged, formats
+    tensor = mesh.tensor
     chip = topology.chip
     read = weight_bytes(model, weights, tensor) + rows * workload.live_tokens * token_bytes(model, cache_dtype, tensor)
     products = 2.0 * (model.num_parameters - model.vocab_size * model.hidden_size) / tensor
@@ -135,7 +126,7 @@ def _step_seconds(
         reduced = Collective("all-reduce", tensor, 1, rows * model.hidden_size * 2, 2 * model.num_layers)
         step += reduced.count * exchange_seconds(reduced, topology)
     prompts = rows * workload.prompt_tokens / workload.completion_tokens * products * chip.devices / chip.bf16
-    return step + prompts
+    return rows * (mesh.size // tensor) / (step + prompts) / topology.chips
 
 
 @dataclass(frozen=True)
@@ -153,11 +144,6 @@ class TrainChoice:
     bytes_needed: float
     seconds: float
     rows: int
-
-    @property
-    def settings(self) -> list[str]:
-        """As words for ``--set``."""
-        return [f"mesh.{axis}={size}" for axis, size in self.mesh.model_dump().items()]
 
 
 def train_choices(

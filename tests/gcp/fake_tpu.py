@@ -168,14 +168,19 @@ class _Handler(BaseHTTPRequestHandler):
 def serve(world: World) -> Iterator[Server]:
     """Serves a world on a free port."""
     fake = Server(world)
-    handler = type("Handler", (_Handler,), {"fake": fake})
+    with serving(type("Handler", (_Handler,), {"fake": fake})) as fake.url:
+        yield fake
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Answers on a free port, whose address it gives, until the end of the block."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
-    fake.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:
-        yield fake
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         thread.join()

@@ -5,16 +5,16 @@ import io
 import os
 import signal
 import subprocess
-import threading
 import time
 import zipfile
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 
 from gcp import driver, staging
+from tests.gcp.fake_tpu import serving
 from tests.gcp.memory import a_job, a_record
 
 RESOURCE = "projects/p/locations/a/queuedResources/job-abc123-1"
@@ -98,21 +98,13 @@ def vm(tmp_path) -> Iterator[Vm]:
 
         do_GET = do_DELETE = _serve
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    vm.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
+    with serving(Handler) as vm.url:
         yield vm
-    finally:
         try:
             os.killpg(vm.process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
         vm.process.wait()
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def deleted_twice(vm: Vm) -> bool:
