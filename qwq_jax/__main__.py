@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 from qwq_jax import __version__
 from qwq_jax.config.evaluate import EvaluateConfig, load_rewards, read_ks
@@ -59,7 +60,17 @@ Set = Annotated[
 SimulateDevices = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="Run on the CPU as if it were N devices.")
 ]
-Distributed = Annotated[bool, typer.Option("--distributed", help="Join the other processes of a multi-host run.")]
+
+
+def _place(context: typer.Context, given: bool) -> Any:
+    """Whether the processes of a run join, or, where it was said, which of them this is: who says so wants it."""
+    return context.obj or given
+
+
+# A bool, or what `_place` makes of it: `runtime.start` takes both.
+Distributed = Annotated[
+    bool, typer.Option("--distributed", callback=_place, help="Join the other processes of a multi-host run.")
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,11 +107,33 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
     ] = False,
+    coordinator_address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where the processes of a run meet: at process 0.")
+    ] = None,
+    num_processes: Annotated[int | None, typer.Option(min=1, metavar="N", help="How many they are.")] = None,
+    process_id: Annotated[int | None, typer.Option(min=0, metavar="I", help="Which this one is, from 0 on.")] = None,
 ) -> None:
-    """QwQ-32B and the Qwen2 family in JAX: convert, answer in batch, serve, fine-tune, hand back."""
+    """QwQ-32B and the Qwen2 family in JAX: convert, answer in batch, serve, fine-tune, hand back.
+
+    TPU pods, GKE and Slurm tell the processes of a run (`--distributed`) of each other; elsewhere
+    `--coordinator-address`, `--num-processes` and `--process-id` do, before the verb.
+    """
+    given = (coordinator_address, num_processes, process_id)
+    if all(each is None for each in given):
+        return
+    if num_processes is None or process_id is None or coordinator_address is None:
+        raise ValueError("--coordinator-address, --num-processes and --process-id go together")
+    if process_id >= num_processes:
+        raise ValueError(f"--process-id {process_id} is none of {num_processes} processes, which count from 0")
+    assert isinstance(context.command, TyperGroup)
+    verb = context.command.commands.get(context.invoked_subcommand or "")
+    if verb is not None and all(each.name != "distributed" for each in verb.params):
+        raise ValueError(f"{verb.name} is done by one process: leave out --process-id and what belongs to it")
+    context.obj = given
 
 
 @app.command(epilog="Example: `qwq-jax convert Qwen/QwQ-32B gs://bucket/qwq-32b`")
@@ -123,7 +156,7 @@ def convert(
 
     runtime.start(distributed=distributed)
     words = {"dtype": dtype, "quantize": quantize, "allow_nan": allow_nan, "low_disk": low_disk}
-    job.convert(source, dest, **words, together=distributed)
+    job.convert(source, dest, **words, together=bool(distributed))
 
 
 @app.command(epilog="Example: `qwq-jax export runs/sft/model-000800 exported`")

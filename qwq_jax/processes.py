@@ -9,11 +9,12 @@ process by an abort; that still happens, and at once, where process 0 dies, beca
 """
 
 import json
+import logging
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -23,7 +24,10 @@ import jax
 from jax._src import distributed
 from jax.errors import JaxRuntimeError
 
+from qwq_jax.health import HostHealth, summary
 from qwq_jax.interrupt import EXIT_INTERRUPTED, Interrupted
+
+LOG = logging.getLogger(__name__)
 
 NEWS_SECONDS = 1.0
 STEPS_PER_DECISION = 8
@@ -33,6 +37,8 @@ BEAT_SECONDS = 2.0
 SILENCE_SECONDS = 40.0
 # A process whose beat goes on but whose work does not hangs: longer than compiling, saving or loading may take.
 STUCK_SECONDS = 1800.0
+# How often process 0 says how the hosts do.
+HEALTH_SECONDS = 60.0
 _POLL_SECONDS = 0.1
 # Longer than the watch needs to end a wait for a process that hangs.
 _DECISION_MILLISECONDS = int(2000 * STUCK_SECONDS)
@@ -57,6 +63,10 @@ class Store(Protocol):
         ...
 
 
+Publish = Callable[[Sequence[HostHealth]], None]
+"""Takes how the hosts do, in the order of their processes."""
+
+
 class PeerFailed(ValueError):
     """Another process met an error; the text says which and what."""
 
@@ -72,6 +82,8 @@ class Peers:
         count: Of processes; one alone needs no store.
         store: Where they meet.
         clock: In seconds.
+        devices: JAX's of this process, whose memory is looked at.
+        publish: Given the health of all hosts now and then, on process 0.
     """
 
     def __init__(
@@ -82,6 +94,8 @@ class Peers:
         count: int = 1,
         store: Store | None = None,
         clock: Callable[[], float] = time.monotonic,
+        devices: Sequence[Any] = (),
+        publish: "Publish | None" = None,
     ) -> None:
         assert count == 1 or store is not None, "several processes need a store"
         self.index = index
@@ -94,15 +108,18 @@ class Peers:
         self._stopping = False
         self._steps = 0
         self._signs = 0
-        self._watch = None if store is None else Watch(store, index, lambda: self._signs)
+        self._watch = None
+        if store is not None:
+            self._watch = Watch(store, index, lambda: self._signs, devices=devices, publish=publish)
 
     @classmethod
-    def meet(cls, stop: Callable[[], bool], *, starts_devices: bool = True) -> Self:
+    def meet(cls, stop: Callable[[], bool], *, starts_devices: bool = True, publish: "Publish | None" = None) -> Self:
         """The processes that `jax.distributed` brought together; this one alone if it did not.
 
         Args:
             stop: As of the class.
             starts_devices: Whether JAX may be asked for its devices.
+            publish: As of the class.
 
         Raises:
             ValueError: The devices are those of several processes, which have not been brought together.
@@ -113,7 +130,8 @@ class Peers:
             raise ValueError(f"the devices here belong to {jax.process_count()} processes: give --distributed to each")
         if count == 1:
             return cls(stop)
-        return cls(stop, index=state.process_id, count=count, store=state.client)
+        devices = jax.local_devices() if starts_devices else ()
+        return cls(stop, index=state.process_id, count=count, store=state.client, devices=devices, publish=publish)
 
     def __enter__(self) -> Self:
         if self._watch is not None:
@@ -249,10 +267,19 @@ class Watch(threading.Thread):
         index: Of this process.
         signs: How often the work of this process has shown itself so far.
         clock: In seconds.
+        devices: As of `Peers`.
+        publish: As of `Peers`.
     """
 
     def __init__(
-        self, store: Store, index: int, signs: Callable[[], int], clock: Callable[[], float] = time.monotonic
+        self,
+        store: Store,
+        index: int,
+        signs: Callable[[], int],
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        devices: Sequence[Any] = (),
+        publish: Publish | None = None,
     ) -> None:
         super().__init__(daemon=True)
         self._store = store
@@ -262,6 +289,10 @@ class Watch(threading.Thread):
         self._left = threading.Event()
         self._heard: dict[str, tuple[str, float]] = {}
         self._worked: dict[str, tuple[int, float]] = {}
+        self._devices = devices
+        self._publish = publish
+        # The first word comes when all have had the time for a beat.
+        self._told_at = clock() - HEALTH_SECONDS + 2 * BEAT_SECONDS
         # Without process 0 the others hear nothing any more: it goes last.
         self._patience = SILENCE_SECONDS if index else SILENCE_SECONDS + 2 * BEAT_SECONDS
 
@@ -270,7 +301,8 @@ class Watch(threading.Thread):
         beat = 0
         while not self._left.is_set():
             try:
-                told = json.dumps([beat, self._signs()])
+                health = HostHealth.of_this(self._index, self._devices)
+                told = json.dumps([beat, self._signs(), health.to_json()])
                 self._store.key_value_set(f"{_ROOT}/beat/{self._index}", told, allow_overwrite=True)
                 beats = self._store.key_value_dir_get(f"{_ROOT}/beat/")
                 failures = self._store.key_value_dir_get(f"{_ROOT}/news/failed/")
@@ -282,6 +314,7 @@ class Watch(threading.Thread):
                 sys.stderr.flush()
                 # The main thread may be waiting for the other process, where nothing wakes it.
                 os._exit(EXIT_INTERRUPTED)
+            self.tell_health(beats)
             beat += 1
             self._left.wait(BEAT_SECONDS)
 
@@ -293,6 +326,18 @@ class Watch(threading.Thread):
             self._store.key_value_delete(f"{_ROOT}/beat/{self._index}")
         except JaxRuntimeError:  # no store, no beat
             return
+
+    def tell_health(self, beats: list[tuple[str, str]]) -> None:
+        """Says on process 0, once a minute, how the hosts do; `silent` has noted before when each was heard."""
+        now = self._clock()
+        if self._index or now - self._told_at < HEALTH_SECONDS:
+            return
+        self._told_at = now
+        told = [HostHealth(**json.loads(value)[2]).heard(now - self._heard[key][1]) for key, value in beats]
+        hosts = {host.process: host for host in sorted(told, key=lambda host: host.process)}
+        LOG.info("%s", summary(hosts))
+        if self._publish is not None:
+            self._publish(list(hosts.values()))
 
     def silent(self, found: list[tuple[str, str]]) -> str | None:
         """What is wrong with a process whose beat, or report of a failure, has stood still; None if nothing is."""

@@ -41,13 +41,14 @@ _HEARTBEAT_SECONDS = 60
 _ABANDONED = ("Event loop is closed", "Encountered error while reading array index")
 
 
-def start(*, simulate_devices: int | None = None, distributed: bool = False) -> None:
+def start(*, simulate_devices: int | None = None, distributed: bool | tuple[str, int, int] = False) -> None:
     """Prepares JAX: platform, processes, compile cache, log.
 
     Args:
         simulate_devices: Run on the CPU, as if it were this many devices.
-        distributed: Join the other processes of a multi-host run. A TPU pod knows them; elsewhere the environment
-            names them: ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``.
+        distributed: Join the other processes of a multi-host run: where process 0 is (``HOST:PORT``), how many they
+            are, and which this one is. True: a TPU pod, GKE or Slurm know it, or the environment says it by
+            ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``.
 
     Raises:
         ValueError: The processes or the devices cannot be set up as asked.
@@ -55,7 +56,7 @@ def start(*, simulate_devices: int | None = None, distributed: bool = False) -> 
     if simulate_devices is not None:
         _simulate(simulate_devices)
     if distributed:
-        _join_processes()
+        _join_processes(*(_named_processes() if distributed is True else distributed))
     elif simulate_devices is None and not os.environ.get("JAX_PLATFORMS") and tpu_is_only_compiled_for():
         jax.config.update("jax_platforms", "cpu")
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -77,7 +78,9 @@ def compile_for_tpus(*, dump: Path) -> None:
     Args:
         dump: Directory where libtpu writes the text of each program that it compiles, ``*hlo.txt``.
     """
+    # Of all that libtpu can write, nothing but that text: making the rest takes half as long again as compiling.
     flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_pass_label_regex=none"
+    flags += " --xla_jf_dump_category_filter=program"
     flags = f"{os.environ.get(_TPU_FLAGS, '')} {flags}".strip()
     # There is no TPU to ask what it is, and others may compile at the same time.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true", _TPU_FLAGS: flags}
@@ -161,7 +164,8 @@ def _simulate(devices: int) -> None:
             raise ValueError(f"--simulate-devices {devices}: JAX has already started with other devices") from None
 
 
-def _join_processes() -> None:
+def _named_processes() -> tuple[str | None, int | None, int | None]:
+    """Where process 0 is, how many there are and which this one is, as far as the environment says."""
     address, count, index = (
         os.environ.get(name) for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     )
@@ -170,20 +174,25 @@ def _join_processes() -> None:
     for name, value in (("JAX_NUM_PROCESSES", count), ("JAX_PROCESS_ID", index)):
         if value is not None and not value.isdecimal():
             raise ValueError(f"{name} {value!r} is not a number")
+    return address, None if count is None else int(count), None if index is None else int(index)
+
+
+def _join_processes(address: str | None, count: int | None, index: int | None) -> None:
     if address is not None and not re.search(r":\d+$", address):
-        raise ValueError(f"JAX_COORDINATOR_ADDRESS {address!r} is not of the form HOST:PORT")
+        raise ValueError(f"the address of process 0, {address!r}, is not of the form HOST:PORT")
     # Jobs note SIGTERM themselves; JAX's own notice would swallow one that comes before.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             coordinator_address=address,
-            num_processes=None if count is None else int(count),
-            process_id=None if index is None else int(index),
+            num_processes=count,
+            process_id=index,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
         )
     except ValueError as error:
         raise ValueError(
-            "--distributed: nothing here says where the other processes are. A TPU pod knows them; elsewhere set "
-            "JAX_COORDINATOR_ADDRESS to HOST:PORT of process 0, JAX_NUM_PROCESSES to their number and JAX_PROCESS_ID "
-            f"to that of this one, from 0 on ({error})"
+            "--distributed: nothing here says where the other processes are. A TPU pod knows them; elsewhere give "
+            "--coordinator-address, --num-processes and --process-id before the verb, or set JAX_COORDINATOR_ADDRESS "
+            "to HOST:PORT of process 0, JAX_NUM_PROCESSES to their number and JAX_PROCESS_ID to that of this one, "
+            f"from 0 on ({error})"
         ) from None

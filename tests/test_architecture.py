@@ -17,6 +17,7 @@ LAYERS = {
     "config": 0,
     "runtime": 1,
     "interrupt": 1,
+    "health": 1,
     "processes": 1,
     "chat": 1,
     "sharding": 1,
@@ -37,7 +38,7 @@ LAYERS = {
     "__main__": 7,
 }
 # Neighbours of one layer that may see each other, one way.
-NEIGHBOURS = {("runtime", "interrupt"), ("processes", "interrupt"), ("engine", "checkpoint")}
+NEIGHBOURS = {("runtime", "interrupt"), ("processes", "interrupt"), ("processes", "health"), ("engine", "checkpoint")}
 
 # A third-party package, and the only files of ours that may import it.
 WALLS = {

@@ -1,4 +1,5 @@
 import os
+import socket
 import subprocess
 import sys
 
@@ -94,6 +95,48 @@ def test_convert_passes_its_options(job):
     assert command_line.main(["convert", "a", "b", "--dtype", "float32", "--low-disk"]) == 0
     options = {"dtype": "float32", "quantize": None, "allow_nan": False, "low_disk": True}
     assert calls == [(("a", "b"), options | {"together": False})]
+
+
+PLACE = ["--coordinator-address", "host-0:8476", "--num-processes", "4", "--process-id", "3"]
+
+
+def test_who_names_its_processes_joins_them(job, monkeypatch):
+    calls, started = job("convert"), []
+    monkeypatch.setattr("qwq_jax.runtime.start", lambda **options: started.append(options["distributed"]))
+    assert command_line.main([*PLACE, "convert", "a", "b"]) == 0
+    assert command_line.main(["convert", "a", "b", "--distributed"]) == 0
+    assert command_line.main(["convert", "a", "b"]) == 0
+    assert [options["together"] for _, options in calls] == [True, True, False]
+    assert started == [("host-0:8476", 4, 3), True, False]
+
+
+def test_the_processes_that_were_named_meet():
+    """The first alone: JAX lets it begin when it is the only one."""
+    code = """
+from qwq_jax import runtime
+runtime.start(simulate_devices=1, distributed=("localhost:PORT", 1, 0))
+import jax
+print(jax.process_count(), jax.distributed.is_initialized())
+"""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        code = code.replace("PORT", str(free.getsockname()[1]))
+    ours = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    run = subprocess.run([sys.executable, "-c", code], env=ours, capture_output=True, text=True, check=False)
+    assert run.stdout.split() == ["1", "True"], run.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([*PLACE[:4], "convert", "a", "b"], "--coordinator-address, --num-processes and --process-id go together"),
+        ([*PLACE[:4], "--process-id", "4", "convert", "a", "b"], "--process-id 4 is none of 4 processes"),
+        ([*PLACE, "export", "a", "b"], "export is done by one process: leave out --process-id"),
+    ],
+)
+def test_processes_that_cannot_be_are_refused(words, sentence, capsys):
+    assert command_line.main(words) == 2
+    assert sentence in capsys.readouterr().err
 
 
 def test_settings_reach_the_engine_the_mesh_and_the_sampler(job, tmp_path):

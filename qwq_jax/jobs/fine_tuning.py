@@ -3,23 +3,26 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 from jax.experimental import multihost_utils
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from qwq_jax.checkpoint.directory import explained, open_directory
+from qwq_jax.checkpoint.directory import answered, explained, open_directory
 from qwq_jax.checkpoint.store import MARKER, Checkpoint, open_checkpoint
 from qwq_jax.checkpoint.train_store import TrainStore
 from qwq_jax.config.model import ModelConfig
+from qwq_jax.health import HostHealth
 from qwq_jax.jobs.convert import convert
 from qwq_jax.train.packing import Segment
 from qwq_jax.train.state import Params, TrainState
 from qwq_jax.train.weights import companion_files, write_checkpoint
 
 LOG = logging.getLogger(__name__)
+HOSTS = "hosts.json"
 
 
 def check_output(directory: str, outputs: Collection[str]) -> None:
@@ -28,6 +31,24 @@ def check_output(directory: str, outputs: Collection[str]) -> None:
         children = open_directory(directory).children()
     if children and children.isdisjoint(outputs):
         raise ValueError(f"{directory} holds something else; give an empty or new directory")
+
+
+def hosts_file(output_dir: str) -> Callable[[Sequence[HostHealth]], None]:
+    """Builds what writes `HOSTS` into a run's directory: when, and how each host of the run did then.
+
+    The file is for those who look on: one that cannot be written is said, and the run goes on.
+    """
+    directory = open_directory(output_dir)
+
+    def publish(hosts: Sequence[HostHealth]) -> None:
+        text = json.dumps({"time": round(time.time()), "hosts": [host.to_json() for host in hosts]}, indent=1)
+        try:
+            with answered(output_dir):
+                directory.write(HOSTS, text.encode())
+        except (ValueError, OSError) as error:
+            LOG.warning("%s is not written: %s", HOSTS, error)
+
+    return publish
 
 
 def initial_checkpoint(model: str, *, output_dir: str) -> Checkpoint:

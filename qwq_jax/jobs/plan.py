@@ -14,7 +14,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from qwq_jax.config.engine import CACHE_SHARE, EngineConfig
 from qwq_jax.config.mesh import MeshConfig
 from qwq_jax.config.plan import Calibration, Prices
-from qwq_jax.jobs.plan_job import Job, arranged, changed, engine_of, program_names
+from qwq_jax.jobs.plan_job import (
+    Job,
+    arranged,
+    changed,
+    engine_of,
+    program_names,
+    trained_of,
+    trained_so,
+    way_of,
+)
+from qwq_jax.jobs.plan_refusals import no_cache_fits, no_engine_fits, no_training_fits, relief
 from qwq_jax.jobs.plan_times import parts_of
 from qwq_jax.plan.chips import GB, USUAL_TOPOLOGIES, Topology, parse_topology
 from qwq_jax.plan.compiler import Request, answer_all, compilers, is_kept
@@ -22,7 +32,14 @@ from qwq_jax.plan.cost import ProgramCost, with_slices
 from qwq_jax.plan.memory import INFERENCE_PHASES, RL_PHASES, SFT_PHASES, STATE, Memory, room_for_pages
 from qwq_jax.plan.page import write_page
 from qwq_jax.plan.result import TopologyPlan
-from qwq_jax.plan.search import TrainChoice, engine_choices, engine_speed, train_choices
+from qwq_jax.plan.search import (
+    TrainChoice,
+    all_train_choices,
+    engine_choices,
+    engine_speed,
+    train_choice,
+    train_choices,
+)
 from qwq_jax.plan.tables import show
 
 LOG = logging.getLogger(__name__)
@@ -196,19 +213,18 @@ def _arrange(job: Job, topology: Topology, usable: int) -> _Case:
     if job.devices == topology.devices:
         return _Case(topology, job, (), usable)
     if job.kind != "inference":
-        lora = job.config.lora is not None
-        trained = train_choices(job.model, topology, usable=usable, row_length=job.row_length, lora=lora)
-        if not trained:
-            return _Case(topology, job, (), usable, _no_training_fits(job, topology, usable))
+        choices = _like_its_own(job, topology, usable)
+        if not choices:
+            return _Case(topology, job, (), usable, no_training_fits(job, topology, usable))
         decode = _decode_mesh(job, topology, usable) if job.kind == "rl" else None
-        return _Case(topology, *_first_arranged(job, trained, decode), usable)
+        return _Case(topology, *_first_arranged(job, choices, decode), usable)
     engine = engine_of(job)
     choices = engine_choices(job.model, topology, job.workload, usable=usable, engine=engine)
     wanted = (engine.weights, engine.cache_dtype or "bfloat16")
     alike = [choice for choice in choices if (choice.weights, choice.cache_dtype) == wanted]
     if not alike:
-        return _Case(topology, job, (), usable, _no_engine_fits(job, topology, usable, wanted))
-    return _Case(topology, *arranged(job, alike[0].mesh, None), usable)
+        return _Case(topology, job, (), usable, no_engine_fits(job, topology, usable, wanted))
+    return _Case(topology, *arranged(job, alike[0].mesh), usable)
 
 
 def _decode_mesh(job: Job, topology: Topology, usable: int) -> MeshConfig:
@@ -218,69 +234,28 @@ def _decode_mesh(job: Job, topology: Topology, usable: int) -> MeshConfig:
     return alike[0].mesh if alike else MeshConfig(data=1, tensor=topology.devices)
 
 
+def _like_its_own(job: Job, topology: Topology, usable: int) -> list[TrainChoice]:
+    """Ways that fit and leave what the user chose where that can be: rematerialisation, rows of a shard at a time."""
+    trained, own = trained_of(job), way_of(job)
+    for remat, rows in ((own.remat, own.rows), (own.remat, 1), (True, 1)):
+        if found := train_choices(trained, topology, usable=usable, remat=(remat,), rows=(rows,)):
+            return found
+    return []
+
+
 def _first_arranged(job: Job, choices: Sequence[TrainChoice], decode: MeshConfig | None) -> tuple[Job, tuple[str, ...]]:
-    """The job on the first of these meshes that its batch can be divided over; ValueError, that of the first, if none.
+    """The job in the first of these ways that its batch can be divided so; ValueError, that of the first, if none.
 
     A batch is what a user has chosen: a mesh that needs another is no choice.
     """
     problem: ValueError | None = None
     for choice in choices:
         try:
-            return arranged(job, choice.mesh, decode)
+            return trained_so(job, choice.way, decode)
         except ValueError as error:
             problem = problem or error
     assert problem is not None, "no choice"
     raise problem
-
-
-def _no_engine_fits(job: Job, topology: Topology, usable: int, wanted: tuple[str | None, str]) -> str:
-    weights, cache = wanted
-    any_fits = engine_choices(job.model, topology, job.workload, usable=usable, engine=engine_of(job))
-    if any_fits:
-        best = any_fits[0]
-        return (
-            f"{job.name} does not fit {topology.name} with {weights or 'bfloat16'} weights and a {cache} cache; it "
-            f"would with --set {' --set '.join(best.settings)}"
-        )
-    total = 2.0 * job.model.num_parameters
-    have = usable * topology.devices
-    longest = engine_of(job).max_context
-    return (
-        f"{job.name} does not fit {topology.name}: bfloat16 weights are {total / GB:.1f} GB and all devices have "
-        f"{have / GB:.1f} GB, which must also hold one sequence of {longest:,} "
-        f"tokens; {_larger(job, topology, usable)}"
-    )
-
-
-def _no_training_fits(job: Job, topology: Topology, usable: int) -> str:
-    lora = job.config.lora is not None
-    state = (2 if lora else 16) * job.model.num_parameters
-    have = usable * topology.devices
-    sufficient = next(
-        (
-            name
-            for name in USUAL_TOPOLOGIES
-            if (other := parse_topology(name)).chip == topology.chip
-            and train_choices(job.model, other, usable=usable, row_length=job.row_length, lora=lora)
-        ),
-        None,
-    )
-    short = f"short by {(state - have) / GB:.1f} GB" if state > have else "without room for a row's activations"
-    return (
-        f"{job.name} does not fit {topology.name}: weights, moments and gradients are {state / GB:.1f} GB and all "
-        f"devices have {have / GB:.1f} GB, {short}; "
-        + (f"{sufficient} would hold it" if sufficient else f"no usual {topology.chip.name} slice would hold it")
-    )
-
-
-def _larger(job: Job, topology: Topology, usable: int) -> str:
-    for name in USUAL_TOPOLOGIES:
-        other = parse_topology(name)
-        if other.chip == topology.chip and engine_choices(
-            job.model, other, job.workload, usable=usable, engine=engine_of(job)
-        ):
-            return f"{name} would hold it"
-    return f"no usual {topology.chip.name} slice would hold it"
 
 
 def _with_arrays(cases: Sequence[_Case], options: PlanOptions, bar: Progress) -> list[_Case]:
@@ -291,39 +266,29 @@ def _with_arrays(cases: Sequence[_Case], options: PlanOptions, bar: Progress) ->
 
 
 def _counted(case: _Case, arrays: Mapping[str, Any]) -> _Case:
-    job = case.job
+    case = replace(case, arrays=arrays)
     if not arrays["engine"]:
-        return _Case(case.topology, job, case.settings, case.usable, None, arrays)
-    engine = engine_of(job)
+        return case
+    engine, longest, page = engine_of(case.job), case.job.longest, arrays["page"]
     there = sum(arrays["held"].values()) + arrays["engine"]["engine's weights"]
     left = arrays["usable"] - there
-    if engine.num_pages is None:
-        longest = job.longest
+
+    def refused(what: str, needed: int, room: float) -> str:
+        return no_cache_fits((case.job, case.topology), (there, case.usable), what, needed, room)
+
+    pages = engine.num_pages
+    if pages is None:
         wanted = engine.max_sequences * -(-longest // engine.page_size)
-        pages = min(wanted, int(CACHE_SHARE * left) // arrays["page"] if left > 0 else 0)
+        pages = min(wanted, int(CACHE_SHARE * left) // page if left > 0 else 0)
         if pages * engine.page_size < longest:
-            needed = -(-longest // engine.page_size) * arrays["page"]
-            problem = _no_cache_fits(case, there, f"one sequence of {longest:,} tokens", needed, needed / CACHE_SHARE)
-            return _Case(case.topology, job, case.settings, case.usable, problem, arrays)
-        job = job.with_engine(num_pages=pages)
-        engine = engine_of(job)
-    assert engine.num_pages is not None
-    sizes = {**arrays["engine"], "key-value cache": engine.num_pages * arrays["page"]}
-    if (needed := sizes["key-value cache"]) > left:
-        problem = _no_cache_fits(case, there, f"engine.num_pages = {engine.num_pages:,}", needed, needed)
-        problem += f"; {max(left, 0) // arrays['page']:,} pages would fit"
-        return _Case(case.topology, job, case.settings, case.usable, problem, arrays)
-    return _Case(case.topology, job, case.settings, case.usable, None, {**arrays, "engine": sizes})
-
-
-def _no_cache_fits(case: _Case, there: int, what: str, needed: int, room: float) -> str:
-    """Beside `there` bytes of weights a device has less than the `room` of a cache of `needed` bytes."""
-    left = case.usable - there
-    return (
-        f"{case.job.name} does not fit {case.topology.name}: beside {there / GB:.1f} GB of weights a device has "
-        f"{max(left, 0) / GB:.1f} of its {case.usable / GB:.1f} GB left, and the cache of {what} needs "
-        f"{needed / GB:.1f} GB: short by {(room - left) / GB:.1f} GB"
-    )
+            needed = -(-longest // engine.page_size) * page
+            return replace(case, problem=refused(f"one sequence of {longest:,} tokens", needed, needed / CACHE_SHARE))
+        case = replace(case, job=case.job.with_engine(num_pages=pages))
+    elif (needed := pages * page) > left:
+        problem = refused(f"engine.num_pages = {pages:,}", needed, needed)
+        return replace(case, problem=f"{problem}; {max(left, 0) // page:,} pages would fit")
+    sizes = {**arrays["engine"], "key-value cache": pages * page}
+    return replace(case, arrays={**arrays, "engine": sizes})
 
 
 def _compiled(cases: Sequence[_Case], options: PlanOptions, bar: Progress) -> list[TopologyPlan]:
@@ -369,7 +334,7 @@ def _planned(case: _Case, found: Mapping[str, dict[str, Any]], options: PlanOpti
     assert arrays is not None
     problems = [
         f"{name} needs {answer['used'] / GB:.2f} GB of the {answer['usable'] / GB:.2f} GB of a device, "
-        f"{(answer['used'] - answer['usable']) / GB:.2f} GB too much; {_relief(case.job, name)}"
+        f"{(answer['used'] - answer['usable']) / GB:.2f} GB too much; {relief(case.job, name)}"
         for name, answer in found.items()
         if "used" in answer
     ]
@@ -393,7 +358,7 @@ def _planned(case: _Case, found: Mapping[str, dict[str, Any]], options: PlanOpti
         worst = max(memory.peaks, key=lambda name: memory.peaks[name])
         problems.append(
             f"{worst} needs {memory.peak / GB:.2f} GB of the {memory.usable / GB:.2f} GB of a device, "
-            f"{memory.shortfall / GB:.2f} GB too much; {_relief(case.job, worst)}"
+            f"{memory.shortfall / GB:.2f} GB too much; {relief(case.job, worst)}"
         )
     rows = _live_rows(case)
     parts, facts = parts_of(case.job, programs, case.topology, rows=rows, calibration=options.calibration)
@@ -409,16 +374,6 @@ def _planned(case: _Case, found: Mapping[str, dict[str, Any]], options: PlanOpti
     return TopologyPlan(
         case.topology, case.job.kind, mesh, decode, case.settings, memory, tuple(problems), parts, facts, advice
     )
-
-
-def _relief(job: Job, name: str) -> str:
-    """What makes a program smaller."""
-    if name in ("decode", "prompts", "rollout"):
-        return "lower engine.num_pages or engine.max_sequences, or split over more devices"
-    if name in ("gradient", "step", "log-probabilities", "reference"):
-        rows = "rows_per_micro_batch" if job.kind == "rl" else "rows_per_step (or raise accumulation)"
-        return f"lower {rows} or logprob_chunk, set remat=true, or split over more devices"
-    return "split over more devices"
 
 
 def _room(case: _Case, memory: Memory) -> dict[str, float]:
@@ -455,16 +410,16 @@ def _advice(case: _Case, facts: Mapping[str, float]) -> tuple[str, ...]:
         formats = engine.weights, engine.cache_dtype or "bfloat16"
         own = engine_speed(job.model, topology, job.workload, (job.config.mesh, _live_rows(case)), formats)
         return tuple(choices[0].settings) if choices[0].tokens_per_second > 1.1 * own else ()
-    lora = job.config.lora is not None
-    meshes = train_choices(job.model, topology, usable=case.usable, row_length=job.row_length, lora=lora)
-    if not meshes or meshes[0].mesh == job.config.mesh:
-        return ()
-    own = next((choice.seconds / choice.rows for choice in meshes if choice.mesh == job.config.mesh), None)
-    best = meshes[0].seconds / meshes[0].rows
-    if facts and (own is None or own < 1.1 * best):
+    own = train_choice(trained_of(job), topology, way_of(job)).row_seconds
+    choices = [
+        choice
+        for choice in all_train_choices(trained_of(job), topology, usable=case.usable)
+        if not facts or own >= 1.1 * choice.row_seconds
+    ]
+    if not choices:
         return ()
     decode = job.config.decode_mesh or job.config.mesh if job.kind == "rl" else None
     try:
-        return _first_arranged(job, meshes, decode)[1]
-    except ValueError:  # no mesh that would do divides the batch
+        return _first_arranged(job, choices, decode)[1]
+    except ValueError:  # no way that would do divides the batch
         return ()

@@ -15,6 +15,7 @@ from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.plan import Workload
 from qwq_jax.config.rl import RlConfig
 from qwq_jax.config.train import SftConfig
+from qwq_jax.plan.search import Trained, TrainWay
 
 Kind = Literal["inference", "sft", "rl"]
 _CONFIGS: Mapping[str, type] = {"inference": InferenceConfig, "sft": SftConfig, "rl": RlConfig}
@@ -190,22 +191,46 @@ def program_names(job: Job) -> list[str]:
     return names + (["reward model"] if job.reward_model is not None else [])
 
 
-def arranged(job: Job, mesh: MeshConfig, decode: MeshConfig | None) -> tuple[Job, tuple[str, ...]]:
-    """The job on another mesh, and what was changed, as words for ``--set``.
+def arranged(job: Job, mesh: MeshConfig) -> tuple[Job, tuple[str, ...]]:
+    """A job of inference on another mesh, and what was changed, as words for ``--set``."""
+    words = tuple(f"mesh.{axis}={size}" for axis, size in mesh.model_dump().items())
+    return changed(job, words), words
+
+
+def trained_so(job: Job, way: TrainWay, decode: MeshConfig | None) -> tuple[Job, tuple[str, ...]]:
+    """A job of training that computes its micro-batches so, and what was changed, as words for ``--set``.
+
+    Args:
+        job: It.
+        way: How.
+        decode: The mesh of its engine, if it has one.
 
     Raises:
         ValueError: Its batch cannot be divided so.
     """
-    words = [f"mesh.{axis}={size}" for axis, size in mesh.model_dump().items()]
-    shards = mesh.data * mesh.fsdp
+    words = [f"mesh.{axis}={size}" for axis, size in way.mesh.model_dump().items()]
+    if job.config.remat != way.remat:
+        words.append(f"remat={str(way.remat).lower()}")
     if job.kind == "rl":
-        assert decode is not None
+        assert decode is not None, "reinforcement learning has an engine"
         words += [f"decode_mesh.{axis}={size}" for axis, size in decode.model_dump().items()]
-        if job.config.rows_per_micro_batch % shards:
-            words.append(f"rows_per_micro_batch={shards}")
-    if job.kind == "sft" and job.config.rows_per_step % (job.config.accumulation * shards):
-        words.append(f"accumulation={max(1, job.config.rows_per_step // shards)}")
+        if job.config.rows_per_micro_batch != way.total_rows:
+            words.append(f"rows_per_micro_batch={way.total_rows}")
+    elif (parts := max(1, job.config.rows_per_step // way.total_rows)) != job.config.accumulation:
+        words.append(f"accumulation={parts}")
     return changed(job, words), tuple(words)
+
+
+def way_of(job: Job) -> TrainWay:
+    """How a job of training computes its micro-batches."""
+    config = job.config
+    rows = config.rows_per_micro_batch if job.kind == "rl" else config.rows_per_step // config.accumulation
+    return TrainWay(config.mesh, config.remat, rows // (config.mesh.data * config.mesh.fsdp))
+
+
+def trained_of(job: Job) -> Trained:
+    """What a job of training trains."""
+    return Trained(job.model, job.row_length, job.config.lora is not None)
 
 
 def changed(job: Job, words: Sequence[str]) -> Job:

@@ -38,11 +38,13 @@ from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.preference import PreferenceConfig
 from qwq_jax.interrupt import Interrupted, StopRequested
 from qwq_jax.jobs.fine_tuning import (
+    HOSTS,
     check_model,
     check_output,
     check_tokens,
     final_state,
     fingerprint,
+    hosts_file,
     initial_checkpoint,
     progress_bar,
     reporter,
@@ -83,7 +85,7 @@ IDENTITY = {"model", "dpo", "reward_model", "sequence_length", "rows_per_step", 
 }
 
 # Of these at least one is in the directory of a run that has begun.
-OUTPUTS = {"initial", "checkpoints", METRICS, REFERENCE_FILE}
+OUTPUTS = {"initial", "checkpoints", METRICS, HOSTS, REFERENCE_FILE}
 
 # Sequences whose reference is computed before the next look at whether to stop.
 _PART = 4096
@@ -178,7 +180,8 @@ def train(config: PreferenceConfig) -> PreferenceReport:
         raise ValueError(f"{output} is at step {step} already, beyond stop_after = {config.last_step}")
     with ExitStack() as resources:
         resources.enter_context(explained(f"cannot write {output}"))
-        stop = resources.enter_context(Peers.meet(resources.enter_context(StopRequested()))).stopping
+        peers = Peers.meet(resources.enter_context(StopRequested()), publish=hosts_file(config.output_dir))
+        stop = resources.enter_context(peers).stopping
         begun = begin(config, start, data, layout, step=step, stop=stop)
         if step:
             LOG.info("going on after step %d of %s", step, output)

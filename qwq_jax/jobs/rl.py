@@ -10,6 +10,7 @@
       model-000200/          what `generate`, `chat`, `serve` and `export` take, written when the run ends
       adapter-000200/        with `lora`: the adapters alone, as PEFT has them
       report.html            the run as one page
+      hosts.json             of several processes: how each host does, once a minute
 """
 
 import hashlib
@@ -35,6 +36,7 @@ from qwq_jax.engine.engine import Engine
 from qwq_jax.engine.runner import DeviceRunner
 from qwq_jax.interrupt import Interrupted, StopRequested
 from qwq_jax.jobs.evaluation_files import EvaluationFiles, judged_tasks, read_scores
+from qwq_jax.jobs.fine_tuning import hosts_file
 from qwq_jax.jobs.rl_end import finish
 from qwq_jax.jobs.rl_start import (
     Start,
@@ -135,7 +137,7 @@ def train(config: RlConfig) -> RlReport:
         log = resources.enter_context(MetricsLog(output, resume_step=step)) if jax.process_index() == 0 else None
         pool = resources.enter_context(RewardPool(config.rewards, workers=config.reward_workers))
         stop = resources.enter_context(StopRequested())
-        peers = resources.enter_context(Peers.meet(stop))
+        peers = resources.enter_context(Peers.meet(stop, publish=hosts_file(config.output_dir)))
         judge = SharedJudge(config.rewards, pool, reward_scorers(config, tokenizer, policy.rows), tokenizer)
         engine = make_engine(config, start, policy.engine_params(state))
         rollouts = Rollouts(engine, tokenizer, judge, config.rollout)

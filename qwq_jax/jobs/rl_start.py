@@ -17,6 +17,7 @@ from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.rewards import reward_name
 from qwq_jax.config.rl import RlConfig
 from qwq_jax.jobs.convert import convert
+from qwq_jax.jobs.fine_tuning import HOSTS
 from qwq_jax.model.lora import random_adapters
 from qwq_jax.rl.critic import UNUSED, abstract_value_head, make_critic, split_decoder, value_head
 from qwq_jax.rl.judging import ModelScorer
@@ -32,7 +33,7 @@ from qwq_jax.train.weights import abstract_adapters, abstract_params, checkpoint
 LOG = logging.getLogger(__name__)
 
 # Of these at least one is in the directory of a run that has begun.
-OUTPUTS = {"initial", "checkpoints", "evaluations", METRICS}
+OUTPUTS = {"initial", "checkpoints", "evaluations", METRICS, HOSTS}
 
 
 @dataclass(frozen=True)

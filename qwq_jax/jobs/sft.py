@@ -32,11 +32,13 @@ from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.train import SftConfig
 from qwq_jax.interrupt import Interrupted, StopRequested
 from qwq_jax.jobs.fine_tuning import (
+    HOSTS,
     check_model,
     check_output,
     check_tokens,
     final_state,
     fingerprint,
+    hosts_file,
     initial_checkpoint,
     progress_bar,
     reporter,
@@ -75,7 +77,7 @@ IDENTITY = {"model", "init", "sequence_length", "rows_per_step", "steps", "seed"
 
 
 # Of these at least one is in the directory of a run that has begun.
-OUTPUTS = {"initial", "checkpoints", METRICS}
+OUTPUTS = {"initial", "checkpoints", METRICS, HOSTS}
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,8 @@ def train(config: SftConfig) -> SftReport:
     with ExitStack() as resources:
         resources.enter_context(explained(f"cannot write {output}"))
         log = resources.enter_context(MetricsLog(output, resume_step=step)) if jax.process_index() == 0 else None
-        peers = resources.enter_context(Peers.meet(resources.enter_context(StopRequested())))
+        stop = resources.enter_context(StopRequested())
+        peers = resources.enter_context(Peers.meet(stop, publish=hosts_file(config.output_dir)))
         progress = resources.enter_context(progress_bar())
         trainer = Trainer(work, stream=stream, store=store, log=log, intervals=intervals, identity=identity)
         report = reporter(progress, done=step, steps=config.last_step)

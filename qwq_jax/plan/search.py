@@ -5,7 +5,7 @@ candidates; the figures that are reported are a compiler's.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from qwq_jax.config.engine import CACHE_SHARE, EngineConfig
@@ -22,6 +22,7 @@ _TRAINED_BYTES = 12.0  # float32 weight and two moments
 _GRADIENT_BYTES = 4.0
 # Of a device's memory; the rest is for what the forms do not count.
 _FILLED = 0.92
+_ROWS_A_SHARD = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -130,41 +131,94 @@ def engine_speed(
 
 
 @dataclass(frozen=True)
-class TrainChoice:
-    """A way to train.
+class TrainWay:
+    """How a training job computes a micro-batch.
 
     Attributes:
         mesh: Of the devices.
-        bytes_needed: On a device, estimated: state, gradients, and a micro-batch of one row a batch shard.
-        seconds: Of such a micro-batch, estimated.
-        rows: Of a micro-batch: one a batch shard.
+        remat: Whether activations are computed again in the backward pass.
+        rows: Of a micro-batch on one batch shard.
     """
 
     mesh: MeshConfig
+    remat: bool = True
+    rows: int = 1
+
+    @property
+    def total_rows(self) -> int:
+        """Of a micro-batch, over all shards."""
+        return self.rows * self.mesh.data * self.mesh.fsdp
+
+
+@dataclass(frozen=True)
+class TrainChoice:
+    """A way to train, and what it takes.
+
+    Attributes:
+        way: It.
+        bytes_needed: On a device, estimated: state, gradients, and a micro-batch.
+        seconds: Of a micro-batch, estimated.
+    """
+
+    way: TrainWay
     bytes_needed: float
     seconds: float
-    rows: int
+
+    @property
+    def row_seconds(self) -> float:
+        """Of one row, all devices at work."""
+        return self.seconds / self.way.total_rows
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is trained.
+
+    Attributes:
+        model: The architecture.
+        row_length: Tokens of a row.
+        lora: Whether only adapters are.
+    """
+
+    model: ModelConfig
+    row_length: int
+    lora: bool = False
 
 
 def train_choices(
-    model: ModelConfig, topology: Topology, *, usable: int, row_length: int, lora: bool = False
+    trained: Trained, topology: Topology, *, usable: int, remat: Sequence[bool] = (True,), rows: Sequence[int] = (1,)
 ) -> list[TrainChoice]:
-    """Meshes of a training job that fit, the one with the least time a row first."""
-    found = list(_train_choices(model, topology, row_length=row_length, lora=lora))
+    """Ways of a training job that fit, the one with the least time a row first.
+
+    Args:
+        trained: What is trained.
+        topology: Where.
+        usable: Bytes of a device.
+        remat: What may be chosen from.
+        rows: Of a batch shard's micro-batch, the same.
+    """
+    ways = (
+        TrainWay(mesh, again, count) for mesh in _train_meshes(trained, topology) for again in remat for count in rows
+    )
+    found = [train_choice(trained, topology, way) for way in ways]
     return sorted(
         (choice for choice in found if choice.bytes_needed < _FILLED * usable),
-        key=lambda choice: choice.seconds / choice.rows,
+        key=lambda choice: (choice.row_seconds, choice.bytes_needed),
     )
 
 
-def _train_choices(model: ModelConfig, topology: Topology, *, row_length: int, lora: bool) -> Iterator[TrainChoice]:
+def all_train_choices(trained: Trained, topology: Topology, *, usable: int) -> list[TrainChoice]:
+    """Those with everything up for choice."""
+    return train_choices(trained, topology, usable=usable, remat=(True, False), rows=_ROWS_A_SHARD)
+
+
+def _train_meshes(trained: Trained, topology: Topology) -> Iterator[MeshConfig]:
     within = topology.devices // topology.slices  # between slices, data alone is split
-    for tensor in tensor_sizes(model, within):
-        for context in _context_sizes(within // tensor, row_length):
+    for tensor in tensor_sizes(trained.model, within):
+        for context in _context_sizes(within // tensor, trained.row_length):
             fsdp = within // (tensor * context)
-            if model.hidden_size % fsdp == 0:
-                mesh = MeshConfig(data=topology.slices, fsdp=fsdp, context=context, tensor=tensor)
-                yield _train_choice(model, topology, mesh, row_length=row_length, lora=lora)
+            if trained.model.hidden_size % fsdp == 0:
+                yield MeshConfig(data=topology.slices, fsdp=fsdp, context=context, tensor=tensor)
 
 
 def _context_sizes(devices: int, row_length: int) -> list[int]:
@@ -172,31 +226,50 @@ def _context_sizes(devices: int, row_length: int) -> list[int]:
     return [n for n in range(1, devices + 1) if devices % n == 0 and (n == 1 or row_length % (2 * n) == 0)]
 
 
-def _train_choice(
-    model: ModelConfig, topology: Topology, mesh: MeshConfig, *, row_length: int, lora: bool
-) -> TrainChoice:
-    """Bytes and seconds of a micro-batch of one row a batch shard."""
-    chip, parameters, tensor = topology.chip, model.num_parameters, mesh.tensor
-    shared = tensor * mesh.context  # devices that work on one row
-    state = (2.0 if lora else _TRAINED_BYTES + _GRADIENT_BYTES) * parameters / (mesh.fsdp * tensor)
-    width = model.hidden_size + model.intermediate_size
-    kept = model.num_layers * row_length * model.hidden_size * 2.0 / shared
-    working = 12.0 * row_length * width / shared
-    # With rematerialisation three passes over the products and one more of each layer's forward.
-    products = (6.0 if lora else 8.0) * parameters * row_length / shared
-    attended = 4.5 * 2.0 * row_length**2 * model.num_layers * model.num_heads * model.head_dim / shared
+def train_choice(trained: Trained, topology: Topology, way: TrainWay) -> TrainChoice:
+    """Bytes and seconds of a micro-batch."""
+    model, mesh, chip = trained.model, way.mesh, topology.chip
+    shared = mesh.tensor * mesh.context  # devices that work on one row
+    tokens = way.rows * trained.row_length / shared
+    state = (2.0 if trained.lora else _TRAINED_BYTES + _GRADIENT_BYTES) * model.num_parameters
+    kept = tokens * model.num_layers * 2.0 * (model.hidden_size if way.remat else _activations(model))
+    working = 12.0 * tokens * (model.hidden_size + model.intermediate_size)
+    # Three passes over the products, adapters two; with rematerialisation one more of each layer's forward.
+    passes = (2.0 if trained.lora else 3.0) + (1.0 if way.remat else 0.0)
+    products = 2.0 * passes * model.num_parameters * tokens
+    attended = 2.0 * (4.5 if way.remat else 3.5) * tokens * trained.row_length
+    attended *= model.num_layers * model.num_heads * model.head_dim
     seconds = (products + attended) * chip.devices / chip.bf16
-    gathered = Collective("all-gather", mesh.fsdp, shared, int(2 * parameters / tensor), 3)
+    gathered = Collective("all-gather", mesh.fsdp, shared, int(2 * model.num_parameters / mesh.tensor), 3)
     hidden = gathered.count * exchange_seconds(gathered, topology) if mesh.fsdp > 1 else 0.0
-    waited = 0.0
-    if tensor > 1:
-        whole = int(row_length * model.hidden_size * 2 / mesh.context)
-        exchanged = Collective("all-gather", tensor, 1, whole, 12 * model.num_layers)
+    return TrainChoice(
+        way,
+        state / (mesh.fsdp * mesh.tensor) + kept + working,
+        max(seconds, hidden) + _waited(trained, topology, way),
+    )
+
+
+def _activations(model: ModelConfig) -> int:
+    """Elements that the backward pass of a layer reads of each token, where none is computed again.
+
+    The layer's input and that of its feed-forward, each before and after its norm (which is float32, and counts twice),
+    queries, keys, values and what attention made of them, and of the feed-forward gate, its activation, up and product.
+    """
+    heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
+    return 6 * model.hidden_size + heads + 4 * model.intermediate_size
+
+
+def _waited(trained: Trained, topology: Topology, way: TrainWay) -> float:
+    """Seconds of the exchanges of a micro-batch that the next operation needs."""
+    model, mesh, waited = trained.model, way.mesh, 0.0
+    if mesh.tensor > 1:
+        whole = int(way.rows * trained.row_length * model.hidden_size * 2 / mesh.context)
+        exchanged = Collective("all-gather", mesh.tensor, 1, whole, (12 if way.remat else 8) * model.num_layers)
         waited += exchanged.count * exchange_seconds(exchanged, topology)
     if mesh.context > 1:
         # Keys and values of a row: gathered forward and once more backward, and their gradients scattered.
-        heads = max(1, model.num_kv_heads // tensor)
-        keys = int(2 * 2 * row_length * heads * model.head_dim)
-        exchanged = Collective("all-gather", mesh.context, tensor, keys, 3 * model.num_layers)
+        heads = max(1, model.num_kv_heads // mesh.tensor)
+        keys = int(2 * 2 * way.rows * trained.row_length * heads * model.head_dim)
+        exchanged = Collective("all-gather", mesh.context, mesh.tensor, keys, 3 * model.num_layers)
         waited += exchanged.count * exchange_seconds(exchanged, topology)
-    return TrainChoice(mesh, state + kept + working, max(seconds, hidden) + waited, mesh.data * mesh.fsdp)
+    return waited

@@ -1,12 +1,27 @@
 """What processes tell each other, with a store in memory and a process a thread or none."""
 
+import json
+import logging
+import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
+import jax
 import pytest
 
+from qwq_jax.health import HostHealth
 from qwq_jax.interrupt import Interrupted
-from qwq_jax.processes import SILENCE_SECONDS, STEPS_PER_DECISION, STUCK_SECONDS, PeerFailed, Peers, Watch
+from qwq_jax.processes import (
+    BEAT_SECONDS,
+    HEALTH_SECONDS,
+    SILENCE_SECONDS,
+    STEPS_PER_DECISION,
+    STUCK_SECONDS,
+    PeerFailed,
+    Peers,
+    Watch,
+)
 
 
 class Memory:
@@ -164,6 +179,56 @@ def test_a_process_that_is_silent_is_named() -> None:
     assert watch.silent(beats(3, 3, beat=1)) is None
     clock.seconds = SILENCE_SECONDS
     assert watch.silent([beats(3, 3, beat=1)[0], beats(3, 3, beat=2)[1]]) == "process 0 has not been heard of for 40 s"
+
+
+def test_health_of_all_hosts_is_told_once_a_minute_by_process_0(caplog: pytest.LogCaptureFixture) -> None:
+    clock, told = Clock(), []
+    hosts = [
+        HostHealth(0, "tpu-0", memory_gb=5.0, free_gb=90.0, load=0.5, device_memory=0.91),
+        HostHealth(1, "tpu-1", memory_gb=7.5, free_gb=2.5, load=3.0, device_memory=0.75),
+    ]
+
+    def beats_of(beat: int) -> list[tuple[str, str]]:
+        return [(f"qwq_jax/beat/{host.process}", json.dumps([beat, 0, host.to_json()])) for host in hosts]
+
+    watch = Watch(Memory(), 0, lambda: 0, clock, publish=told.append)
+    clock.seconds = 2 * BEAT_SECONDS
+    first = beats_of(1)
+    assert watch.silent(first) is None
+    with caplog.at_level(logging.INFO, logger="qwq_jax"):
+        watch.tell_health(first)
+        clock.seconds += 3.0
+        second = [beats_of(2)[0], first[1]]
+        assert watch.silent(second) is None
+        watch.tell_health(second)
+        assert len(told) == 1, "a minute has not passed"
+        watch._told_at -= HEALTH_SECONDS
+        watch.tell_health(second)
+    assert [host.silent_seconds for host in told[1]] == [0.0, 3.0]
+    assert caplog.messages[1] == (
+        "2 hosts, most memory 7.5 GB (p1), least free 2.5 GB (p1 on tpu-1), highest load 3.0 (p1), "
+        "fullest device 91% (p0), last heard of 3 s ago (p1)"
+    )
+    other = Watch(Memory(), 1, lambda: 0, clock, publish=told.append)
+    other.tell_health(first)
+    assert len(told) == 2, "others say nothing"
+
+
+def test_a_host_looks_at_itself(tmp_path: Path) -> None:
+    class Device:
+        def __init__(self, stats: dict[str, int] | None) -> None:
+            self.memory_stats = lambda: stats
+
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "statm").write_text("9000 2000 100 1 0 500 0\n")
+    (tmp_path / "meminfo").write_text("MemTotal: 24000000 kB\nMemAvailable:    1000000 kB\n")
+    full = {"bytes_in_use": 30, "bytes_limit": 40}
+    host = HostHealth.of_this(2, [Device(None), Device(full), Device(full | {"bytes_in_use": 10})], proc=tmp_path)
+    page = os.sysconf("SC_PAGE_SIZE")
+    assert (host.process, host.memory_gb, host.free_gb) == (2, round(2000 * page / 1e9, 3), 1.024)
+    assert host.device_memory == 0.75 and HostHealth(**host.to_json()) == host
+    here = HostHealth.of_this(0, jax.local_devices())
+    assert here.device_memory is None and 0.05 < here.memory_gb < 100 and here.load >= 0
 
 
 def test_every_question_whether_to_stop_is_a_sign_of_work() -> None:

@@ -15,7 +15,17 @@ from qwq_jax.jobs.plan_worker import described_devices
 from qwq_jax.model.cache import cache_spec
 from qwq_jax.model.spec import model_spec
 from qwq_jax.plan.chips import CHIPS, GB, parse_topology
-from qwq_jax.plan.search import engine_choices, tensor_sizes, token_bytes, train_choices, weight_bytes
+from qwq_jax.plan.search import (
+    Trained,
+    TrainWay,
+    all_train_choices,
+    engine_choices,
+    tensor_sizes,
+    token_bytes,
+    train_choice,
+    train_choices,
+    weight_bytes,
+)
 from qwq_jax.sharding import decode_layout, make_mesh
 
 QWQ = load_toml("configs/models/qwq-32b.toml", ModelConfig)
@@ -71,30 +81,50 @@ def test_what_fits_nowhere_gives_no_choice() -> None:
     assert not engine_choices(
         QWQ, parse_topology("v5e:2x2"), Workload(), usable=int(1 * GB), engine=EngineConfig(max_context=16384)
     )
-    assert not train_choices(QWQ, parse_topology("v5e:4x4"), usable=int(16.9 * GB), row_length=4096)
+    assert not train_choices(Trained(QWQ, 4096), parse_topology("v5e:4x4"), usable=int(16.9 * GB))
 
 
 def test_training_meshes_hold_the_state() -> None:
-    for choice in train_choices(QWQ, parse_topology("v5p:4x4x4"), usable=int(102 * GB), row_length=16384):
-        assert choice.mesh.size == 64
+    for choice in train_choices(Trained(QWQ, 16384), parse_topology("v5p:4x4x4"), usable=int(102 * GB)):
+        assert choice.way.mesh.size == 64
         assert choice.bytes_needed > 16 * QWQ.num_parameters / 64
 
 
+def test_memory_that_is_left_is_spent_on_activations_and_rows() -> None:
+    """What is kept need not be computed again, and gathering the weights is shared by the rows of a micro-batch."""
+    trained, slices = Trained(QWQ, 4096), parse_topology("v5p:4x4x4")
+    usable = int(102 * GB)
+    [plain, *_], [best, *_] = (
+        train_choices(trained, slices, usable=usable),
+        all_train_choices(trained, slices, usable=usable),
+    )
+    assert plain.way.remat and plain.way.rows == 1
+    assert best.row_seconds < 0.9 * plain.row_seconds and (not best.way.remat or best.way.rows > 1)
+    assert plain.bytes_needed < best.bytes_needed < usable
+    mesh = MeshConfig(fsdp=64)
+    again, kept = (train_choice(trained, slices, TrainWay(mesh, remat)) for remat in (True, False))
+    # Eight operations a weight and token become six.
+    assert kept.seconds == pytest.approx(6 / 8 * again.seconds, rel=0.03)
+    short, mesh = Trained(QWQ, 512), MeshConfig(fsdp=256)
+    one, four = (train_choice(short, parse_topology("v5e:16x16"), TrainWay(mesh, rows=n)) for n in (1, 4))
+    assert four.row_seconds < 0.8 * one.row_seconds, "gathering the weights takes longer than computing so short a row"
+
+
 def test_long_rows_are_shared_where_heads_are_not_enough() -> None:
-    long = train_choices(QWQ, parse_topology("v5e:16x16"), usable=int(16.9 * GB), row_length=131_072)
-    assert long and all(choice.mesh.context > 1 and choice.mesh.size == 256 for choice in long)
+    long = train_choices(Trained(QWQ, 131_072), parse_topology("v5e:16x16"), usable=int(16.9 * GB))
+    assert long and all(choice.way.mesh.context > 1 and choice.way.mesh.size == 256 for choice in long)
     # A device has two pieces of a row at least.
-    odd = train_choices(QWQ, parse_topology("v5e:16x16"), usable=int(16.9 * GB), row_length=4_099)
-    assert odd and all(choice.mesh.context == 1 for choice in odd)
+    odd = train_choices(Trained(QWQ, 4_099), parse_topology("v5e:16x16"), usable=int(16.9 * GB))
+    assert odd and all(choice.way.mesh.context == 1 for choice in odd)
 
 
 def test_slices_share_out_data_alone() -> None:
     one, two = (
-        train_choices(QWQ, parse_topology(name), usable=int(16.9 * GB), row_length=16_384)
+        train_choices(Trained(QWQ, 16_384), parse_topology(name), usable=int(16.9 * GB))
         for name in ("v5e:16x16", "2*v5e:16x16")
     )
-    assert [choice.mesh.model_copy(update={"data": 2}) for choice in one] == [choice.mesh for choice in two]
-    assert all(pair[1].rows == 2 * pair[0].rows for pair in zip(one, two, strict=True))
+    assert [choice.way.mesh.model_copy(update={"data": 2}) for choice in one] == [choice.way.mesh for choice in two]
+    assert all(pair[1].way.total_rows == 2 * pair[0].way.total_rows for pair in zip(one, two, strict=True))
 
 
 def test_prices_and_calibrations_name_the_chips_that_there_are() -> None:
@@ -106,8 +136,8 @@ def test_devices_lie_in_the_meshes_that_are_found(topology: str) -> None:
     """Also where an axis is no product of the torus' own sides."""
     slices = parse_topology(topology)
     devices = tuple(described_devices(slices))
-    for choice in train_choices(QWQ, slices, usable=int(16.9 * GB), row_length=131_072):
-        found = make_mesh(choice.mesh, devices).devices
+    for choice in train_choices(Trained(QWQ, 131_072), slices, usable=int(16.9 * GB)):
+        found = make_mesh(choice.way.mesh, devices).devices
         assert found.size == slices.devices == len(set(found.flat))
         first = {getattr(device, "slice_index", 0) for device in found[0].flat}
         assert len(first) == 1, "one slice"
