@@ -3,6 +3,9 @@
 import json
 import logging
 import os
+import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -238,3 +241,31 @@ def test_every_question_whether_to_stop_is_a_sign_of_work() -> None:
         peer.stopping()
         peer.stopping_together(1)
         assert peer._watch is not None and peer._watch._signs() == 2
+
+
+def test_slurm_tells_processes_of_each_other() -> None:
+    """Two tasks of one step, with the variables that srun sets."""
+    code = (
+        "from qwq_jax import runtime; runtime.start(simulate_devices=1, distributed=True); "
+        "import jax; print(jax.process_index(), jax.process_count(), jax.device_count())"
+    )
+    names = ("XLA_FLAGS", "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment |= {
+        "SLURM_JOB_ID": str(random.SystemRandom().randrange(1 << 20)),  # which makes the port
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_NTASKS": "2",
+    }
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=environment | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for task in range(2)
+    ]
+    ends = [task.communicate(timeout=120) for task in tasks]
+    assert [out.split() for out, _ in ends] == [["0", "2", "2"], ["1", "2", "2"]], ends
