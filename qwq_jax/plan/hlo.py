@@ -89,13 +89,43 @@ def elements(extents: str) -> int:
 
 def repeats(module: Module, loop: Operation) -> int | None:
     """How often a loop runs that counts from 0 to a constant; None where the program decides it."""
-    inside = list(module.get(loop.called("condition") or "", ()))
-    for each in tuple(inside):
-        inside += module.get(each.called("calls") or "", ())
+    condition = module.get(loop.called("condition") or "", [])
+    inside = _with_called(module, condition)
     compared = [each for each in inside if each.kind == "compare"]
-    limits = [int(each.rest.split(")")[0]) for each in inside if each.kind == "constant" and each.shape[:3] == "s32"]
+    limits = [value for each in inside if (value := _integer(each)) is not None]
     alone = len(compared) == len(limits) == 1 and "direction=LT" in compared[0].rest
-    return limits[0] if alone and all(each.kind != "and" for each in inside) else None
+    if not alone or any(each.kind == "and" for each in inside):
+        return None
+    return -(-limits[0] // _stride(module, loop, condition))
+
+
+def _with_called(module: Module, operations: list[Operation]) -> list[Operation]:
+    """With those of fusions among them."""
+    return [*operations, *(o for each in operations for o in module.get(each.called("calls") or "", ()))]
+
+
+def _integer(each: Operation) -> int | None:
+    """A constant that loops count with."""
+    return int(each.rest.split(")")[0]) if each.kind == "constant" and each.shape[:5] in ("s32[]", "u32[]") else None
+
+
+def _stride(module: Module, loop: Operation, condition: list[Operation]) -> int:
+    """What a round adds to the counter: 2 where the compiler has put two rounds into one; 1 where it cannot be told."""
+    counters = [each for each in condition if each.kind == "get-tuple-element" and each.shape[:5] in ("s32[]", "u32[]")]
+    body = module.get(loop.called("body") or "", [])
+    if len(counters) != 1 or not body or body[-1].kind != "tuple":
+        return 1
+    index = re.search(r"index=(\d+)", counters[0].rest)
+    assert index is not None, counters[0].rest
+    by_name = {each.name: each for each in body}
+    next_one = by_name.get(body[-1].operands[int(index[1])])
+    if next_one is None:
+        return 1
+    inside = _with_called(module, [next_one])
+    added = [by_name[name] for each in inside for name in each.operands if name in by_name]
+    steps = [value for each in [*inside, *added] if (value := _integer(each)) is not None]
+    alone = sum(each.kind == "add" for each in inside) == len(steps) == 1
+    return steps[0] if alone and steps[0] > 0 else 1
 
 
 def moved_bytes(module: Module, name: str, live_cache: int) -> int:

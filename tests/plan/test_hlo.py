@@ -80,6 +80,57 @@ def test_a_loop_counts_as_often_as_it_runs_and_of_branches_the_larger() -> None:
     ]
 
 
+# Two pieces of a gathered matrix a round, as the compiler makes of a product with one: the counter is unsigned and
+# goes on by two.
+WINDOWED = """
+%next (p: u32[], q: u32[]) -> u32[] {
+  %p = u32[] parameter(0)
+  %q = u32[] parameter(1)
+  ROOT %sum = u32[] add(%p, %q)
+}
+
+%condition (p: (u32[], f32[4,8])) -> pred[] {
+  %p = (u32[], f32[4,8]{1,0}) parameter(0)
+  %limit = u32[]{:T(128)} constant(8)
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (p: (u32[], f32[4,8])) -> (u32[], f32[4,8]) {
+  %p = (u32[], f32[4,8]{1,0}) parameter(0)
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=0
+  %other = u32[] constant(15)
+  %two = u32[] constant(2)
+  %x = f32[4,8]{1,0} get-tuple-element(%p), index=1
+  %w = f32[8,8]{1,0} constant({...})
+  %y = f32[4,8]{1,0:S(1)} convolution(%x, %w), dim_labels=bf_io->bf
+  %z = f32[4,8]{1,0:S(1)} convolution(%y, %w), dim_labels=bf_io->bf
+  %n = NEXT
+  ROOT %r = (u32[]{:T(128)}, f32[4,8]{1,0}) tuple(%n, %z)
+}
+
+ENTRY %main (a: f32[4,8]) -> (u32[], f32[4,8]) {
+  %a = f32[4,8]{1,0} parameter(0)
+  %o = u32[] constant(0)
+  %t = (u32[], f32[4,8]{1,0}) tuple(%o, %a)
+  ROOT %w = (u32[], f32[4,8]{1,0}) while(%t), condition=%condition, body=%body
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("following", "rounds"),
+    [
+        ("u32[]{:T(128)} add(%i, %two)", 4),
+        ("u32[]{:T(128)} fusion(%i, %two), kind=kLoop, calls=%next", 4),
+        ("u32[]{:T(128)} multiply(%i, %two)", 8),  # not understood
+    ],
+)
+def test_a_loop_of_two_rounds_in_one_runs_half_as_often(following: str, rounds: int) -> None:
+    module = parse(WINDOWED.replace("NEXT", following))
+    assert matrix_flops(module, "ENTRY") == rounds * 2 * (2 * 4 * 8 * 8)
+
+
 # What tpu7x hands to its sparse cores: the exchange stands in a computation that the start of the call names.
 HANDED_OVER = """
 %handed (p: bf16[64,8]) -> bf16[64,8] {
