@@ -235,12 +235,11 @@ def _decode_mesh(job: Job, topology: Topology, usable: int) -> MeshConfig:
 
 
 def _like_its_own(job: Job, topology: Topology, usable: int) -> list[TrainChoice]:
-    """Ways that fit and leave what the user chose where that can be: rematerialisation, rows of a shard at a time."""
+    """Ways that fit and leave what the user chose where that can be: rematerialisation, rows of a micro-batch."""
     trained, own = trained_of(job), way_of(job)
-    for remat, rows in ((own.remat, own.rows), (own.remat, 1), (True, 1)):
-        if found := train_choices(trained, topology, usable=usable, remat=(remat,), rows=(rows,)):
-            return found
-    return []
+    found = train_choices(trained, topology, usable=usable, remat=(own.remat,))
+    found = found or train_choices(trained, topology, usable=usable)
+    return [replace(choice, way=choice.way.with_total(own.total_rows)) for choice in found]
 
 
 def _first_arranged(job: Job, choices: Sequence[TrainChoice], decode: MeshConfig | None) -> tuple[Job, tuple[str, ...]]:

@@ -6,7 +6,7 @@ candidates; the figures that are reported are a compiler's.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qwq_jax.config.engine import CACHE_SHARE, EngineConfig
 from qwq_jax.config.mesh import MeshConfig
@@ -148,6 +148,11 @@ class TrainWay:
     def total_rows(self) -> int:
         """Of a micro-batch, over all shards."""
         return self.rows * self.mesh.data * self.mesh.fsdp
+
+    def with_total(self, rows: int) -> "TrainWay":
+        """The same with so many rows over all shards, or as it is where they do not divide over these."""
+        shards = self.mesh.data * self.mesh.fsdp
+        return self if rows % shards else replace(self, rows=rows // shards)
 
 
 @dataclass(frozen=True)

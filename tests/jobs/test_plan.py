@@ -113,8 +113,17 @@ def test_a_slice_that_is_too_small_is_refused_with_what_is_short(capsys: pytest.
     assert run(INFERENCE, "--model", QWQ, "--topology", "v5e:2x2") == 2
     printed = capsys.readouterr()
     text = " ".join(printed.out.split())
-    assert "does not fit v5e:2x2" in text and "--set" in text, "it says what would fit"
+    assert "does not fit v5e:2x2" in text and "--set engine.weights=int" in text, "it says what would fit"
+    # 64 GB of weights over 4 devices, and 2.5 GB of the cache of 40,960 tokens, of which there is a tenth more.
+    assert "weights take 16.2 GB of each and one sequence of 40,960 tokens 2.7 GB, of 17.2 GB: short by 2.0 GB" in text
     assert printed.err.startswith("error: qwq_32b.toml does not fit every topology asked for")
+
+
+def test_what_no_type_makes_fit_is_told_which_slice_would_do(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--model", "configs/models/qwen2.5-72b.toml", "--topology", "v5e:1x1")
+    assert run(INFERENCE, *words) == 2
+    text = " ".join(capsys.readouterr().out.split())
+    assert "over 1 devices weights take 145.4 GB" in text and "nor with 8 or 4 bits; v5e:2x4 would hold it" in text
 
 
 def test_a_cache_that_is_too_large_is_refused_before_anything_is_compiled_with_it(
@@ -170,6 +179,14 @@ def test_a_search_compiles_what_it_recommends(compiler: list[Request], tmp_path:
     assert plan["recommended"]["settings"] == plan["advice"] != []
     weights = [request.job["config"]["engine"]["weights"] for request in compiler if request.task == "decode"]
     assert weights[0] is None and weights[1] in ("int8", "int4")
+
+
+def test_a_search_of_training_tries_rematerialisation_and_rows(compiler: list[Request], tmp_path: Path) -> None:
+    words = ("configs/sft/qwq_32b_sft.toml", "--model", QWQ, "--topology", "v5p:4x4x4", "--output", str(tmp_path))
+    assert run(*words, "--search") == 0
+    own, other = (request.job["config"] for request in compiler if request.task == "step")
+    assert own["remat"] and not other["remat"], "memory is left for activations"
+    assert other["rows_per_step"] == own["rows_per_step"], "the batch is the user's"
 
 
 def test_what_the_compiler_does_not_confirm_is_no_advice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -296,6 +313,24 @@ def test_a_real_compiler_agrees_with_the_arithmetic(tmp_path: Path) -> None:
     assert decode["hbm_bytes"] == pytest.approx(2 * products / 8 + cache, rel=0.1)
     reduced = [each for each in decode["collectives"] if each["bytes"] == 64 * 5120 * 2]
     assert sum(each["count"] for each in reduced) == 2 * 2 + 1 and {each["axes"] for each in reduced} == {"tensor"}
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_the_products_of_training_with_gathered_weights_are_those_of_the_model(tmp_path: Path) -> None:
+    """The compiler makes loops of products with weights that it gathers, piece by piece: all their rounds count."""
+    pytest.importorskip("libtpu", reason="the TPU compiler runs on Linux only")
+    small = tmp_path / "two_layers.toml"
+    small.write_text(Path(QWQ).read_text().replace("num_layers = 64", "num_layers = 2"))
+    words = ["mesh.fsdp=16", "mesh.context=1", "mesh.tensor=1", "sequence_length=8192", "rows_per_step=16"]
+    words += ["accumulation=1", "optimizer.warmup_steps=1", "lora.rank=8", "optimizer.learning_rate=1e-5"]
+    settings = [part for word in words for part in ("--set", word)]
+    config = ("configs/sft/qwq_32b_sft.toml", "--model", str(small), "--topology", "v4:2x2x4")
+    assert run(*config, "--output", str(tmp_path), *settings) == 0
+    plan = json.loads((tmp_path / "plan.json").read_text())["topologies"][0]
+    used = 2 * (2 * 5120 * 48 * 128 + 3 * 5120 * 27_648) + 152_064 * 5120
+    # Forward and the gradients of activations, and forward again but for what nothing reads: two to three passes.
+    assert 2.0 < plan["programs"]["step"]["matrix_flops"] / (2 * used * 8192) < 3.1
 
 
 @pytest.mark.slow

@@ -110,6 +110,12 @@ def test_memory_that_is_left_is_spent_on_activations_and_rows() -> None:
     assert four.row_seconds < 0.8 * one.row_seconds, "gathering the weights takes longer than computing so short a row"
 
 
+def test_a_micro_batch_keeps_its_rows_where_they_divide() -> None:
+    way = TrainWay(MeshConfig(data=2, fsdp=4))
+    assert (way.with_total(32).rows, way.with_total(32).total_rows) == (4, 32)
+    assert way.with_total(12) == way
+
+
 def test_long_rows_are_shared_where_heads_are_not_enough() -> None:
     long = train_choices(Trained(QWQ, 131_072), parse_topology("v5e:16x16"), usable=int(16.9 * GB))
     assert long and all(choice.way.mesh.context > 1 and choice.way.mesh.size == 256 for choice in long)
