@@ -20,7 +20,7 @@ if __package__ in (None, ""):
 
 from google.auth.exceptions import GoogleAuthError
 
-from gcp import client, manifest, names, price, rehearsal, staging, submission, xpk
+from gcp import client, kueue, manifest, names, price, rehearsal, staging, submission, xpk
 from gcp import record as records
 from gcp.cloud import Cloud, Refused
 from gcp.driver import ExistingVm, Launcher, TakenOver
@@ -235,6 +235,21 @@ def print_manifest(
     spec = load_toml(job, JobSpec, overrides or ())
     files = submission.check(spec, Path.cwd())
     print(manifest.to_yaml(manifest.jobset(spec, image=image, files=files, queue=queue, namespace=namespace)), end="")
+    print(f"# {manifest.NOTE}", file=sys.stderr)
+    return EXIT_DONE
+
+
+@app.command("queue", epilog="Example: `python gcp/tpu.py queue JOB.toml --queue tpus --chips 64 | kubectl apply -f -`")
+def print_queue(
+    job: Job,
+    queue: Annotated[str, typer.Option(help="Kueue's LocalQueue.")],
+    chips: Annotated[int, typer.Option(min=1, help="That jobs of this queue may hold together.")],
+    overrides: Set = None,
+    namespace: Annotated[str, typer.Option(help="Of the LocalQueue and its jobs.")] = "default",
+) -> int:
+    """Print the queue that `manifest --queue` names, for slices such as the job's; Kueue needs it once."""
+    spec = load_toml(job, JobSpec, overrides or ())
+    print(manifest.to_yaml(kueue.objects(spec, queue=queue, chips=chips, namespace=namespace)), end="")
     return EXIT_DONE
 
 
@@ -247,6 +262,7 @@ def print_xpk(
 ) -> int:
     """Print the command line that starts the job with xpk."""
     print(xpk.command_line(load_toml(job, JobSpec, overrides or ()), image=image, cluster=cluster))
+    print(f"# {xpk.NOTE}", file=sys.stderr)
     return EXIT_DONE
 
 

@@ -76,10 +76,19 @@ def test_the_manifest_of_the_readme(place, capsys):
     for name in ("math_train", "code_train", "math_held_out", "code_held_out"):
         (place / "data" / f"{name}.jsonl").touch()
     assert tpu.main(shlex.split(line.replace("\\\n", ""))[2:]) == 0
-    assert "kind: JobSet" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "kind: JobSet" in told.out and "# kubectl's cluster runs it" in told.err and "idle_minutes" in told.err
 
 
-@pytest.mark.parametrize("verb", ["manifest", "xpk"])
+def test_the_queue_of_the_readme(place, capsys):
+    (line,) = [block for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "tpu.py queue" in block]
+    assert tpu.main(shlex.split(line.partition("|")[0])[2:]) == 0
+    said = capsys.readouterr().out
+    assert [f"kind: {kind}" in said for kind in ("ResourceFlavor", "ClusterQueue", "LocalQueue")] == [True] * 3
+    assert "nominalQuota: 128" in said and "name: default-tpus" in said
+
+
+@pytest.mark.parametrize("verb", ["manifest", "queue", "xpk"])
 def test_verbs_that_only_print_have_no_dry_run(capsys, verb):
     assert f"`{verb}`" in next(line for line in README.splitlines() if "no such option" in line)
     assert tpu.main([verb, "job.toml", "--dry-run"]) == 2
@@ -175,8 +184,12 @@ def test_manifest_and_xpk(place, capsys):
     (place / "job.toml").write_text((ROOT / "configs/gcp/convert_qwq_32b.toml").read_text())
     assert tpu.main(["manifest", "job.toml", "--image", "i"]) == 0
     assert "kind: JobSet" in capsys.readouterr().out
-    assert tpu.main(["xpk", "job.toml", "--image", "i", "--cluster", "c"]) == 0
-    assert capsys.readouterr().out.startswith("xpk workload create")
+    xpk = ["xpk", "job.toml", "--image", "i", "--cluster", "c"]
+    assert tpu.main(xpk) == 2
+    assert "error: zones: xpk works in the one zone of its cluster" in capsys.readouterr().err
+    assert tpu.main([*xpk, "--set", 'zones=["us-east5-b"]']) == 0
+    told = capsys.readouterr()
+    assert told.out.startswith("xpk workload create") and "\n# xpk ends no job that hangs" in f"\n{told.err}"
 
 
 @pytest.mark.parametrize(
@@ -212,7 +225,7 @@ assert "jax" not in sys.modules and "gcp.driver" in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for verb in ("submit", "watch", "status", "list", "logs", "cancel", "cost", "manifest", "xpk"):
+    for verb in ("submit", "watch", "status", "list", "logs", "cancel", "cost", "manifest", "queue", "xpk"):
         assert verb in done.stdout
 
 
