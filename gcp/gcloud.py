@@ -25,6 +25,8 @@ _NO_ANSWER = re.compile(
     re.IGNORECASE,
 )
 _SECONDS = 300
+# With its nodes, without a question, without waiting.
+_DELETION = ("--force", "--quiet", "--async")
 
 
 def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -75,7 +77,11 @@ class GcloudCloud:
 
     def delete(self, zone: str, name: str) -> None:
         """Deletes one with its nodes."""
-        self._call(["queued-resources", "delete", name], zone, "--force", "--quiet", "--async")
+        self._call(["queued-resources", "delete", name], zone, *_DELETION)
+
+    def delete_command(self, zone: str, name: str) -> Sequence[str]:
+        """The command line that deletes a queued resource with its nodes."""
+        return self._command(["queued-resources", "delete", name], zone, *_DELETION)
 
     def node_state(self, zone: str, name: str) -> str | None:
         """The state of a TPU VM; None if there is none."""

@@ -23,7 +23,7 @@ from google.auth.exceptions import GoogleAuthError
 from gcp import client, kueue, manifest, names, price, rehearsal, staging, submission, xpk
 from gcp import record as records
 from gcp.cloud import Cloud, Refused
-from gcp.driver import ExistingVm, Launcher, TakenOver
+from gcp.driver import ExistingVm, Launcher, OutOfSight, TakenOver
 from gcp.gcloud import GcloudCloud
 from gcp.job import JobSpec
 from gcp.logs import LogReader, follow
@@ -58,7 +58,6 @@ class Context:
     objects: Objects
     cloud: Cloud
     owner: str
-    dry_run: bool
     sleep: Callable[[float], None]
 
     def record(self) -> Record:
@@ -92,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     except TakenOver as taken:
         print(f"interrupted: {taken}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except Unavailable as error:
+    except (Unavailable, OutOfSight) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_FAILED
     except (ValueError, Refused, GoogleAuthError, OSError) as error:
@@ -136,8 +135,9 @@ def submit(
 def watch(job: Job, overrides: Set = None, client_name: Client = "rest", dry_run: DryRun = False) -> int:
     """Take up a job whose launcher is gone, and see it to its end."""
     context = _opened(job, overrides, client_name, dry_run=dry_run)
-    context.record()
-    return _told(context.launcher().drive(context.job.name))
+    launcher = context.launcher()
+    launcher.patiently(context.job.name, context.record)
+    return _told(launcher.drive(context.job.name))
 
 
 @app.command(epilog="Example: `python gcp/tpu.py status configs/gcp/generate_v6e.toml`")
@@ -202,9 +202,11 @@ def logs(
 def cancel(job: Job, overrides: Set = None, client_name: Client = "rest", dry_run: DryRun = False) -> int:
     """End a job and delete what it holds; the job may save first, for two minutes."""
     context = _opened(job, overrides, client_name, dry_run=dry_run)
-    ended = Outcome(kind="cancelled", detail="by `cancel`", at=_now())
-    ended = records.conclude(context.objects, context.record(), ended)
-    record = context.launcher().drive(context.job.name)
+    launcher, wanted = context.launcher(), Outcome(kind="cancelled", detail="by `cancel`", at=_now())
+    ended = launcher.patiently(
+        context.job.name, lambda: records.conclude(context.objects, context.record(), wanted)
+    )
+    record = launcher.drive(context.job.name)
     print(f"{context.job.name}: {_state(record, ended)}")
     return EXIT_DONE
 
@@ -273,36 +275,50 @@ def _opened(
     spec = load_toml(job, JobSpec, overrides or ())
     context = _open(spec, client_name, dry_run=dry_run, cloud=cloud)
     if dry_run:
-        record = rehearsal.seed(context.objects, spec, now=_now())
+        assert isinstance(context.objects, PlannedObjects), "as every rehearsal has them"
+        record = rehearsal.seed(context.objects.others(), spec, now=_now())
         if isinstance(context.cloud, rehearsal.PlannedCloud):
             context.cloud.adopt(record)
+        if not cloud:
+            # Nobody looks at the cloud, and so nobody would see that it ends.
+            rehearsal.finish(context.objects.others(), spec.name)
     return context
 
 
 def _open(spec: JobSpec, client_name: ClientName, *, dry_run: bool, cloud: bool = True) -> Context:
     owner = f"{uuid.uuid4()}"
-    objects: Objects = PlannedObjects(print) if dry_run else open_bucket(spec.bucket)
+    if dry_run:
+        return _rehearsed(spec, client_name, owner)
+    objects = open_bucket(spec.bucket)
+    if not cloud or client_name == "gcloud" or spec.vm:
+        by_command = GcloudCloud(spec.project)
+        chosen = _existing(spec, by_command, objects) if spec.vm else by_command
+    else:
+        chosen = client.connect(spec.project, endpoint=os.environ.get("QWQ_JAX_TPU_ENDPOINT"))
+    return Context(spec, objects, chosen, owner, lambda seconds: time.sleep(seconds * _pace()))
+
+
+def _rehearsed(spec: JobSpec, client_name: ClientName, owner: str) -> Context:
+    objects = PlannedObjects(print)
+
+    def active() -> None:
+        rehearsal.finish(objects.others(), spec.name)
+
+    planned = rehearsal.PlannedCloud(spec.project, print, by_gcloud=client_name == "gcloud", active=active)
+    by_command = GcloudCloud(spec.project, rehearsal.planned_run(print, active))
+    chosen = _existing(spec, by_command, objects) if spec.vm else planned
+    return Context(spec, objects, chosen, owner, lambda seconds: None)
+
+
+def _existing(spec: JobSpec, by_command: GcloudCloud, objects: Objects) -> ExistingVm:
+    assert spec.vm, "there is one"
 
     def record() -> Record:
         saved = records.load(objects, spec.name)
         assert saved is not None, "a launcher runs for a record"
         return saved.record
 
-    if dry_run:
-        run = rehearsal.planned_run(print, objects, record)
-
-        def active() -> None:
-            rehearsal.finish(objects, record())
-
-        planned = rehearsal.PlannedCloud(spec.project, print, by_gcloud=client_name == "gcloud", active=active)
-        chosen: Cloud = ExistingVm(spec.vm, GcloudCloud(spec.project, run), objects, record) if spec.vm else planned
-        return Context(spec, objects, chosen, owner, dry_run, lambda seconds: None)
-    if not cloud or client_name == "gcloud" or spec.vm:
-        by_command = GcloudCloud(spec.project)
-        chosen = ExistingVm(spec.vm, by_command, objects, record) if spec.vm else by_command
-    else:
-        chosen = client.connect(spec.project, endpoint=os.environ.get("QWQ_JAX_TPU_ENDPOINT"))
-    return Context(spec, objects, chosen, owner, dry_run, lambda seconds: time.sleep(seconds * _pace()))
+    return ExistingVm(spec.vm, by_command, objects, record)
 
 
 def _pace() -> float:
