@@ -320,6 +320,7 @@ def request(record: Record, *, boot: str, now: float) -> Request:
         valid_seconds=int(valid),
         metadata=metadata,
         labels={"qwq-jax-job": job.name},
+        topology=None if job.slice.is_usual else job.slice.shape_text,
         reservation=job.reservation,
         service_account=job.service_account,
         network=job.network,

@@ -8,7 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -46,29 +46,51 @@ Job = Annotated[Path, typer.Argument(metavar="JOB.toml", help="The job; see conf
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be given many times.")
 ]
-Client = Annotated[ClientName, typer.Option("--client", help="How to talk to Cloud TPU.")]
+Client = Annotated[
+    ClientName | None,
+    typer.Option("--client", help="How to talk to Cloud TPU: rest, or gcloud, which a VM that exists needs."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print every request and send none.")]
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a verb works with: the job, its bucket, its cloud; all of them rehearsed in a dry run."""
+    """What a verb works with: the job, its bucket, its cloud; all of them rehearsed in a dry run.
+
+    Attributes:
+        job: As its file and the command line describe it.
+        objects: The job's bucket.
+        cloud: Where its resources are.
+        owner: Of a launcher.
+        sleep: Waits.
+        told: Settings by which the verb finds the job, or which its command line gives; they have to be the job's.
+    """
 
     job: JobSpec
     objects: Objects
     cloud: Cloud
     owner: str
     sleep: Callable[[float], None]
+    told: frozenset[str] = frozenset()
 
     def record(self) -> Record:
         """Reads the job's record.
 
         Raises:
-            ValueError: There is none.
+            ValueError: There is none, or the command line describes another job.
         """
         saved = records.load(self.objects, self.job.name)
         if saved is None:
             raise ValueError(f"there is no job {self.job.name} in {self.job.bucket}; submit it first")
+        running = saved.record.job
+        changed = [key for key in JobSpec.model_fields if getattr(running, key) != getattr(self.job, key)]
+        if wrong := [key for key in changed if key in self.told]:
+            raise ValueError(
+                f"{wrong[0]}: job {running.name} was submitted with {getattr(running, wrong[0])!r}, and only another "
+                "`submit` changes that"
+            )
+        if changed:
+            _say(f"job {running.name} was submitted with another {', '.join(changed)}, which holds")
         return saved.record
 
     def launcher(self) -> Launcher:
@@ -109,13 +131,13 @@ def options() -> None:
 def submit(
     job: Job,
     overrides: Set = None,
-    client_name: Client = "rest",
+    client_name: Client = None,
     again: Annotated[bool, typer.Option("--again", help="Start a job that is over once more.")] = False,
     dry_run: DryRun = False,
 ) -> int:
     """Stage code and files, get chips, run the job to its end; killed, the same command goes on."""
     spec = load_toml(job, JobSpec, overrides or ())
-    files = submission.check(spec, Path.cwd(), client=client_name)
+    files = submission.check(spec, Path.cwd(), client=_client(spec, client_name))
     context = _open(spec, client_name, dry_run=dry_run)
     record = submission.submit(
         context.objects,
@@ -132,7 +154,7 @@ def submit(
 
 
 @app.command(epilog="Example: `python gcp/tpu.py watch configs/gcp/generate_v6e.toml`")
-def watch(job: Job, overrides: Set = None, client_name: Client = "rest", dry_run: DryRun = False) -> int:
+def watch(job: Job, overrides: Set = None, client_name: Client = None, dry_run: DryRun = False) -> int:
     """Take up a job whose launcher is gone, and see it to its end."""
     context = _opened(job, overrides, client_name, dry_run=dry_run)
     launcher = context.launcher()
@@ -141,7 +163,7 @@ def watch(job: Job, overrides: Set = None, client_name: Client = "rest", dry_run
 
 
 @app.command(epilog="Example: `python gcp/tpu.py status configs/gcp/generate_v6e.toml`")
-def status(job: Job, overrides: Set = None, client_name: Client = "rest", dry_run: DryRun = False) -> int:
+def status(job: Job, overrides: Set = None, client_name: Client = None, dry_run: DryRun = False) -> int:
     """Say where a job is, and what has happened."""
     context = _opened(job, overrides, client_name, dry_run=dry_run)
     record = context.record()
@@ -186,7 +208,7 @@ def logs(
     dry_run: DryRun = False,
 ) -> int:
     """Print the mirrored logs, each line with its attempt and worker."""
-    context = _opened(job, overrides, "rest", dry_run=dry_run, cloud=False)
+    context = _opened(job, overrides, None, dry_run=dry_run, cloud=False)
     record = context.record()
     reader = LogReader(context.objects, record, worker)
 
@@ -199,7 +221,7 @@ def logs(
 
 
 @app.command(epilog="Example: `python gcp/tpu.py cancel configs/gcp/generate_v6e.toml`")
-def cancel(job: Job, overrides: Set = None, client_name: Client = "rest", dry_run: DryRun = False) -> int:
+def cancel(job: Job, overrides: Set = None, client_name: Client = None, dry_run: DryRun = False) -> int:
     """End a job and delete what it holds; the job may save first, for two minutes."""
     context = _opened(job, overrides, client_name, dry_run=dry_run)
     launcher, wanted = context.launcher(), Outcome(kind="cancelled", detail="by `cancel`", at=_now())
@@ -220,7 +242,7 @@ def cost(
 ) -> int:
     """Say how many chip-hours a job took, and what they cost if the price table knows."""
     table = price.read_prices(prices)
-    record = _opened(job, overrides, "rest", dry_run=dry_run, cloud=False).record()
+    record = _opened(job, overrides, None, dry_run=dry_run, cloud=False).record()
     print(price.cost(record, table, _now()))
     return EXIT_DONE
 
@@ -269,11 +291,13 @@ def print_xpk(
 
 
 def _opened(
-    job: Path, overrides: list[str] | None, client_name: ClientName, *, dry_run: bool, cloud: bool = True
+    job: Path, overrides: list[str] | None, client_name: ClientName | None, *, dry_run: bool, cloud: bool = True
 ) -> Context:
     """A context of a job that was submitted; a rehearsed one is submitted first, without a word."""
     spec = load_toml(job, JobSpec, overrides or ())
-    context = _open(spec, client_name, dry_run=dry_run, cloud=cloud)
+    # Where it is looked for, too: another project would say that the job's resource is gone.
+    told = {"project", "vm", *(override.partition("=")[0].partition(".")[0].strip() for override in overrides or ())}
+    context = replace(_open(spec, client_name, dry_run=dry_run, cloud=cloud), told=frozenset(told))
     if dry_run:
         assert isinstance(context.objects, PlannedObjects), "as every rehearsal has them"
         record = rehearsal.seed(context.objects.others(), spec, now=_now())
@@ -285,12 +309,18 @@ def _opened(
     return context
 
 
-def _open(spec: JobSpec, client_name: ClientName, *, dry_run: bool, cloud: bool = True) -> Context:
-    owner = f"{uuid.uuid4()}"
+def _client(spec: JobSpec, client_name: ClientName | None) -> ClientName:
+    if spec.vm and client_name == "rest":
+        raise ValueError(f"vm: {spec.vm} is reached by ssh, which needs --client gcloud")
+    return client_name or ("gcloud" if spec.vm else "rest")
+
+
+def _open(spec: JobSpec, client_name: ClientName | None, *, dry_run: bool, cloud: bool = True) -> Context:
+    owner, chosen_name = f"{uuid.uuid4()}", _client(spec, client_name)
     if dry_run:
-        return _rehearsed(spec, client_name, owner)
+        return _rehearsed(spec, chosen_name, owner)
     objects = open_bucket(spec.bucket)
-    if not cloud or client_name == "gcloud" or spec.vm:
+    if not cloud or chosen_name == "gcloud":
         by_command = GcloudCloud(spec.project)
         chosen = _existing(spec, by_command, objects) if spec.vm else by_command
     else:

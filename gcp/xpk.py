@@ -54,7 +54,7 @@ def command_line(job: JobSpec, *, image: str, cluster: str) -> str:
         **job.environment,
     }
     words = ["xpk", "workload", "create", "--cluster", cluster, "--project", job.project, "--zone", job.zones[0]]
-    words += ["--workload", job.name, "--tpu-type", job.slice.accelerator_type, "--num-slices", str(job.slices)]
+    words += ["--workload", job.name, "--tpu-type", _tpu_type(job), "--num-slices", str(job.slices)]
     words += ["--docker-image", image, "--max-restarts", str(job.preemptions), *_payment(job)]
     words += ["--termination-grace-period-seconds", f"{GRACE:.0f}"]
     for name, value in environment.items():
@@ -78,6 +78,12 @@ def _check(job: JobSpec) -> None:
     for name, value in job.environment.items():
         if "\n" in value:
             raise ValueError(f"environment: {name} has several lines, of which xpk takes the first")
+
+
+def _tpu_type(job: JobSpec) -> str:
+    if job.slice.is_usual:
+        return job.slice.accelerator_type
+    return f"{job.slice.accelerator_type.partition('-')[0]}-{job.slice.shape_text}"
 
 
 def _payment(job: JobSpec) -> list[str]:

@@ -15,10 +15,13 @@ from gcp import driver, staging, tpu
 from gcp.gcloud import GcloudCloud
 from gcp.job import JobSpec
 from gcp.logs import LogReader
+from gcp.objects import PlannedObjects
 from gcp.price import Prices, cost
 from gcp.record import Interval
+from gcp.rehearsal import finish, seed
 from qwq_jax.config.load import load_toml
 from tests.gcp.memory import MemoryObjects, a_job, a_record
+from tests.gcp.world import World, WorldCloud
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "gcp" / "README.md").read_text(encoding="utf-8")
@@ -173,6 +176,33 @@ def test_a_vm_that_exists_is_never_deleted(place, capsys):
     assert tpu.main(["submit", "configs/gcp/generate_v6e.toml", *changes, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "tpu-vm ssh mine" in said and "delete" not in said
+
+
+def test_a_vm_that_exists_is_not_reached_by_rest(place, capsys):
+    changes = ["--set", "vm=mine", "--set", 'zones=["us-east5-b"]', "--client", "rest"]
+    assert tpu.main(["submit", "configs/gcp/generate_v6e.toml", *changes, "--dry-run"]) == 2
+    assert "vm: mine is reached by ssh, which needs --client gcloud" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["watch", "status", "logs", "cancel", "cost"])
+def test_a_job_that_runs_is_not_another_one(place, capsys, monkeypatch, verb):
+    """What the command line asks for is the job's, or refused; what its file says now is told."""
+    bucket = PlannedObjects(lambda text: None)
+    path = "configs/gcp/generate_v6e.toml"
+    job = load_toml(place / path, JobSpec)
+    seed(bucket, job, now=0.0)
+    finish(bucket, job.name)
+    monkeypatch.setattr(tpu, "open_bucket", lambda address: bucket)
+    monkeypatch.setattr(tpu.client, "connect", lambda project, endpoint: WorldCloud(World(lambda: 0.0)))
+    before = dict(bucket._written)
+    for changes in (["deadline_hours=99"], ["project=other"], ["slices=2"]):
+        assert tpu.main([verb, path, "--set", *changes]) == 2
+        key = changes[0].partition("=")[0]
+        assert f"error: {key}: job qwq-generate was submitted with" in capsys.readouterr().err
+    assert bucket._written == before
+    (place / "job.toml").write_text((place / path).read_text().replace("deadline_hours = 12", "deadline_hours = 13"))
+    assert tpu.main([verb, "job.toml", "--set", "slices=1"]) == 0
+    assert "was submitted with another deadline_hours, which holds" in capsys.readouterr().err
 
 
 def test_list(capsys):
