@@ -119,8 +119,8 @@ class Launcher:
                 left = begin + PATIENCE - self.clock()
                 if left <= 0:
                     raise Unavailable(
-                        f"{error}, nor did it for {PATIENCE / 60:.0f} minutes: whether job {job} runs is not known, and "
-                        "this launcher did nothing about it; `watch` takes it up when the bucket answers"
+                        f"{error}, nor did it for {PATIENCE / 60:.0f} minutes: whether job {job} runs is not known, "
+                        "and this launcher did nothing about it; `watch` takes it up when the bucket answers"
                     ) from None
                 self.say(f"waiting: {error}")
                 self.sleep(min(back_off(failures), left))

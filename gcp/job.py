@@ -111,7 +111,7 @@ class JobSpec(Frozen):
                 if path.is_absolute() or ".." in path.parts or not path.parts:
                     raise ValueError(f"{field}: {name!r} is not a relative path within the working directory")
         if remote := next((name for name in self.results if "://" in name), None):
-            raise ValueError(f"results: {remote} is no file of the working directory; outputs elsewhere need no mention")
+            raise ValueError(f"results: {remote} is no file of the working directory; other outputs need no mention")
         if "--distributed" in self.arguments:
             raise ValueError("arguments: --distributed is added where there are several hosts; leave it out")
         if self.reservation and self.provisioning != "reserved":

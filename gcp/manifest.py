@@ -99,9 +99,9 @@ def node_labels(job: JobSpec) -> dict[str, str]:
             labels["cloud.google.com/gke-spot"] = "true"
         case "flex-start":
             labels["cloud.google.com/gke-flex-start"] = "true"
-        case "reserved" if job.reservation is None:
-            raise ValueError("reservation: GKE takes a reservation by its name only; give it")
         case "reserved":
+            if job.reservation is None:
+                raise ValueError("reservation: GKE takes a reservation by its name only; give it")
             labels["cloud.google.com/reservation-name"] = job.reservation.rpartition("/")[2]
         case "on-demand":
             pass

@@ -59,7 +59,8 @@ def command_line(job: JobSpec, *, image: str, cluster: str) -> str:
     words += ["--termination-grace-period-seconds", f"{GRACE:.0f}"]
     for name, value in environment.items():
         words += ["--env", f"{name}={value}"]
-    # xpk has no deadline. This one exits with 124, after which it does not restart; it asks first, so that the job saves.
+    # xpk has no deadline. This one asks first, so that the job saves, and exits with 124, which is not restarted; a job
+    # that has to be killed then exits with 137, which is, within --max-restarts.
     bounded = ["timeout", f"--kill-after={GRACE:.0f}", f"{job.deadline_hours * 3600:.0f}"]
     words += ["--command", shlex.join([*bounded, "qwq-jax", job.verb, *job.arguments, *distributed])]
     return shlex.join(words)
@@ -74,7 +75,8 @@ def _check(job: JobSpec) -> None:
             leave = f"; --set {field}={default:g} leaves it to xpk" if field in _LIMITS else ""
             raise ValueError(f"{field}: {reason}{leave}")
     if len(job.zones) > 1:
-        raise ValueError(f"zones: xpk works in the one zone of its cluster; --set 'zones=[\"{job.zones[0]}\"]' names one")
+        one = f"--set 'zones=[\"{job.zones[0]}\"]'"
+        raise ValueError(f"zones: xpk works in the one zone of its cluster; {one} names one")
     for name, value in job.environment.items():
         if "\n" in value:
             raise ValueError(f"environment: {name} has several lines, of which xpk takes the first")
@@ -94,8 +96,8 @@ def _payment(job: JobSpec) -> list[str]:
             return ["--flex"]
         case "on-demand":
             return ["--on-demand"]
-        case "reserved" if job.reservation is None:
-            raise ValueError("reservation: xpk takes a reservation by its name only; give it")
         case "reserved":
+            if job.reservation is None:
+                raise ValueError("reservation: xpk takes a reservation by its name only; give it")
             # Cloud TPU's full name has a place in it, which xpk's has not.
             return ["--reservation", re.sub(r"/locations/[^/]+", "", job.reservation)]

@@ -70,7 +70,9 @@ def in_a_manifest(job: JobSpec) -> Any:
 
 
 @pytest.mark.parametrize("field", JobSpec.model_fields)
-@pytest.mark.parametrize(("write", "note"), [(words, xpk.NOTE), (in_a_manifest, manifest.NOTE)], ids=["xpk", "manifest"])
+@pytest.mark.parametrize(
+    ("write", "note"), [(words, xpk.NOTE), (in_a_manifest, manifest.NOTE)], ids=["xpk", "manifest"]
+)
 def test_nothing_of_a_job_is_dropped_without_a_word(field, write, note):
     try:
         said = write(alone(**CHANGES[field])) != write(alone())
