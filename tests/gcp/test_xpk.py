@@ -86,7 +86,7 @@ def test_nothing_of_a_job_is_dropped_without_a_word(field, write, note):
 def test_limits_are_refused_and_their_defaults_noted(field):
     with pytest.raises(ValueError, match=rf"^{field}: xpk .*; --set {field}=\d+ leaves it to xpk$") as refused:
         words(alone(**CHANGES[field]))
-    words(alone(**{field: float(str(refused.value).partition("=")[2].split()[0])}))
+    words(alone(**{field: int(str(refused.value).partition("=")[2].split()[0])}))
     assert field in xpk.NOTE and "deadline_hours" in xpk.NOTE and "provisioning" in xpk.NOTE
     assert words(alone(failures=0)) == words(alone()), "what xpk does by itself"
 
