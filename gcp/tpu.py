@@ -225,9 +225,7 @@ def cancel(job: Job, overrides: Set = None, client_name: Client = None, dry_run:
     """End a job and delete what it holds; the job may save first, for two minutes."""
     context = _opened(job, overrides, client_name, dry_run=dry_run)
     launcher, wanted = context.launcher(), Outcome(kind="cancelled", detail="by `cancel`", at=_now())
-    ended = launcher.patiently(
-        context.job.name, lambda: records.conclude(context.objects, context.record(), wanted)
-    )
+    ended = launcher.patiently(context.job.name, lambda: records.conclude(context.objects, context.record(), wanted))
     record = launcher.drive(context.job.name)
     print(f"{context.job.name}: {_state(record, ended)}")
     return EXIT_DONE

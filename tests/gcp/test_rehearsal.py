@@ -89,7 +89,8 @@ def submitted(bucket: PlannedObjects, world: World) -> None:
     """The first attempt of a job, as rehearsals of other verbs find it."""
     job = load_toml("job.toml", JobSpec)
     record = rehearsal.seed(bucket.others(), job, now=NOW)
-    world.create("a", record.resource, {"tpu": {"nodeSpec": [{"nodeId": record.resource, "node": {}}]}})
+    spec = {"parent": "projects/p/locations/a", "nodeId": record.resource, "node": {}}
+    world.create("a", record.resource, {"tpu": {"nodeSpec": [spec]}})
     queued: Queued = world.resources["a", record.resource]
     queued.state, queued.active_from = "ACTIVE", NOW
     queued.node_states = dict.fromkeys(queued.nodes, "READY")
