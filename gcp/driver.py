@@ -381,7 +381,8 @@ class ExistingVm:
     def get(self, zone: str, name: str) -> Resource | None:
         """Whether this attempt runs on the VM."""
         record = self.record()
-        if self.objects.get(vm_started(record)) is None or self.objects.get(_vm_left(record)) is not None:
+        places, attempt = record.places, record.attempt
+        if self.objects.get(places.vm_started(attempt)) is None or self.objects.get(places.vm_left(attempt)) is not None:
             return None
         word = self.gcloud.node_state(zone, self.vm) or "DELETED"
         return Resource(name, zone, State.ACTIVE if word == "READY" else State.LOST, word)
@@ -403,17 +404,10 @@ class ExistingVm:
         # One word: gcloud, ssh and two shells pass it on, and each of them splits and quotes in its own way.
         script = base64.b64encode((exports + request.metadata["startup-script"]).encode()).decode()
         self.gcloud.ssh(request.zone, self.vm, f"echo {script} | base64 -d | sudo bash")
-        self.objects.put(vm_started(self.record()), b"")
+        record = self.record()
+        self.objects.put(record.places.vm_started(record.attempt), b"")
 
     def delete(self, zone: str, name: str) -> None:
         """Takes the attempt for gone; its agents see the record or the outcome, and stop."""
-        self.objects.put(_vm_left(self.record()), b"")
-
-
-def vm_started(record: Record) -> str:
-    """The object that says that the agents of this attempt were started on a VM that exists."""
-    return f"{record.places.attempt(record.attempt)}/vm-started"
-
-
-def _vm_left(record: Record) -> str:
-    return f"{record.places.attempt(record.attempt)}/vm-left"
+        record = self.record()
+        self.objects.put(record.places.vm_left(record.attempt), b"")

@@ -13,7 +13,6 @@ from google.cloud import tpu_v2
 from gcp import gcloud
 from gcp.client import ClientCloud
 from gcp.cloud import Cloud, Request, Resource
-from gcp.driver import vm_started
 from gcp.job import JobSpec
 from gcp.objects import Objects
 from gcp.record import Outcome, Record, Staged, conclude, load, save
@@ -174,5 +173,5 @@ def seed(objects: Objects, job: JobSpec, *, now: float) -> Record:
     record = record.changed(phase="asked", attempt=1, created_resource=True, asked_at=now)
     save(objects, record, generation=0)
     if job.vm:
-        objects.put(vm_started(record), b"")
+        objects.put(record.places.vm_started(record.attempt), b"")
     return record

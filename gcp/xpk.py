@@ -6,7 +6,6 @@ import shlex
 
 from gcp import names
 from gcp.job import DISTRIBUTED, JobSpec
-from gcp.machine import GRACE
 
 # What no word of xpk says, and why. Refused where a job asks for it: as other than its default.
 _UNSAID = {
@@ -33,6 +32,8 @@ NOTE = (
     "but an interruption (failures), and gives every start its deadline_hours anew; node pools that exist decide how "
     "chips are paid for, and provisioning only those that xpk's cluster makes"
 )
+# Seconds to save in, as elsewhere.
+_GRACE_SECONDS = 120
 # Chips of a host, also where a single host could have eight.
 _HOST_CHIPS = 4
 
@@ -56,12 +57,12 @@ def command_line(job: JobSpec, *, image: str, cluster: str) -> str:
     words = ["xpk", "workload", "create", "--cluster", cluster, "--project", job.project, "--zone", job.zones[0]]
     words += ["--workload", job.name, "--tpu-type", _tpu_type(job), "--num-slices", str(job.slices)]
     words += ["--docker-image", image, "--max-restarts", str(job.preemptions), *_payment(job)]
-    words += ["--termination-grace-period-seconds", f"{GRACE:.0f}"]
+    words += ["--termination-grace-period-seconds", f"{_GRACE_SECONDS}"]
     for name, value in environment.items():
         words += ["--env", f"{name}={value}"]
     # xpk has no deadline. This one asks first, so that the job saves, and exits with 124, which is not restarted; a job
     # that has to be killed then exits with 137, which is, within --max-restarts.
-    bounded = ["timeout", f"--kill-after={GRACE:.0f}", f"{job.deadline_hours * 3600:.0f}"]
+    bounded = ["timeout", f"--kill-after={_GRACE_SECONDS}", f"{job.deadline_hours * 3600:.0f}"]
     words += ["--command", shlex.join([*bounded, "qwq-jax", job.verb, *job.arguments, *distributed])]
     return shlex.join(words)
 
