@@ -381,8 +381,8 @@ class ExistingVm:
     def get(self, zone: str, name: str) -> Resource | None:
         """Whether this attempt runs on the VM."""
         record = self.record()
-        places, attempt = record.places, record.attempt
-        if self.objects.get(places.vm_started(attempt)) is None or self.objects.get(places.vm_left(attempt)) is not None:
+        places, number = record.places, record.attempt
+        if self.objects.get(places.vm_started(number)) is None or self.objects.get(places.vm_left(number)) is not None:
             return None
         word = self.gcloud.node_state(zone, self.vm) or "DELETED"
         return Resource(name, zone, State.ACTIVE if word == "READY" else State.LOST, word)
