@@ -103,7 +103,6 @@ def queued_resource(request: Request, parent: str) -> tpu_v2.QueuedResource:
     if request.provisioning == "flex-start":
         raise ValueError("provisioning flex-start: Google's Python client has no field for it; use --client gcloud")
     node = tpu_v2.Node(
-        accelerator_type=request.accelerator_type,
         runtime_version=request.runtime,
         metadata=request.metadata,
         labels=request.labels,
@@ -111,6 +110,13 @@ def queued_resource(request: Request, parent: str) -> tpu_v2.QueuedResource:
             network=request.network or "", subnetwork=request.subnetwork or "", enable_external_ips=request.external_ips
         ),
     )
+    if request.topology is None:
+        node.accelerator_type = request.accelerator_type
+    else:
+        kinds = tpu_v2.AcceleratorConfig.Type
+        prefix = request.accelerator_type.partition("-")[0]
+        kind = kinds.V5LITE_POD if prefix == "v5litepod" else kinds[prefix.upper()]
+        node.accelerator_config = tpu_v2.AcceleratorConfig(type_=kind, topology=request.topology)
     if request.service_account:
         scope = ["https://www.googleapis.com/auth/cloud-platform"]
         node.service_account = tpu_v2.ServiceAccount(email=request.service_account, scope=scope)

@@ -70,6 +70,7 @@ class Request:
         valid_seconds: It is not wanted any more after so long a wait.
         metadata: Of the VMs; the start script and what it reads.
         labels: To find it again, and for the bill.
+        topology: Shape of a slice, such as ``4x4x16``, where the accelerator type stands for another one.
         reservation: Its full name, if it is not the project's own.
         service_account: Of the VMs.
         network: Of the VMs.
@@ -86,6 +87,7 @@ class Request:
     valid_seconds: int
     metadata: dict[str, str]
     labels: dict[str, str] = field(default_factory=dict)
+    topology: str | None = None
     reservation: str | None = None
     service_account: str | None = None
     network: str | None = None

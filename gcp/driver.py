@@ -4,8 +4,12 @@ import base64
 import json
 import math
 import shlex
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+from google.auth.exceptions import GoogleAuthError
 
 from gcp import names
 from gcp import record as records
@@ -18,12 +22,20 @@ from gcp.record import Outcome, Record, Saved
 from gcp.worker.assignment import Assignment
 from gcp.worker.guard import Reason
 
+T = TypeVar("T")
+
+# Seconds for which a permission that was lost is waited for, and a bucket that did not answer even once.
+PATIENCE = 1800.0
 # What a worker says of itself when its job has ended.
 _ENDED = frozenset(reason.value for reason in Reason)
 
 
 class TakenOver(Exception):
     """Another launcher drives this job now."""
+
+
+class OutOfSight(Exception):
+    """The job may go on, and this launcher cannot look after it any more; says what is left, and what ends it."""
 
 
 @dataclass
@@ -49,17 +61,21 @@ class Launcher:
     say: Callable[[str], None]
     _refused: dict[str, Refused] = field(default_factory=dict)
     _outage: float = 0.0
+    # The last resource that the cloud took a request for.
+    _asked_for: str = ""
+    # Since when each kind of call has been forbidden.
+    _forbidden: dict[str, float] = field(default_factory=dict)
 
     def drive(self, job: str) -> Record:
         """Runs until the job is over and no resource of it is left.
 
         Raises:
             TakenOver: Another launcher came.
+            OutOfSight: A permission was lost while the job had a resource, and did not come back for `PATIENCE`.
             ValueError: The bucket has no such job.
-            Unavailable: The bucket did not answer at first, or not until the deadline.
+            Unavailable: The bucket did not answer at first for `PATIENCE`, or later until the deadline.
         """
-        self._take(job)
-        known, failures = self._load(job).record, 0
+        known, failures = self.patiently(job, lambda: self._take(job)), 0
         while True:
             try:
                 saved = self._load(job)
@@ -76,8 +92,38 @@ class Launcher:
             except Unavailable as error:
                 failures += 1
                 action = self._without_bucket(known, failures, error)
+            except (OSError, GoogleAuthError) as error:
+                # Not of the network's kind: the bucket, or the whole login, is forbidden from now on.
+                if known.phase not in ("asked", "leaving") or not self._made(known):
+                    raise
+                self.say(f"waiting: {error}")
+                self._forbid("bucket", known, str(error))
+                action = Wait(POLL)
+            else:
+                self._forbidden.pop("bucket", None)
             if isinstance(action, Wait) and action.seconds:
                 self.sleep(action.seconds)
+
+    def patiently(self, job: str, call: Callable[[], T]) -> T:
+        """Makes a first call to the bucket, again and again while that does not answer.
+
+        Raises:
+            Unavailable: It did not for `PATIENCE`.
+        """
+        begin, failures = self.clock(), 0
+        while True:
+            try:
+                return call()
+            except Unavailable as error:
+                failures += 1
+                left = begin + PATIENCE - self.clock()
+                if left <= 0:
+                    raise Unavailable(
+                        f"{error}, nor did it for {PATIENCE / 60:.0f} minutes: whether job {job} runs is not known, "
+                        "and this launcher did nothing about it; `watch` takes it up when the bucket answers"
+                    ) from None
+                self.say(f"waiting: {error}")
+                self.sleep(min(back_off(failures), left))
 
     def _without_bucket(self, known: Record, failures: int, error: Unavailable) -> Wait:
         """Waits for the bucket until the deadline; then what is known to be there is deleted without it."""
@@ -113,15 +159,46 @@ class Launcher:
             raise ValueError(f"there is no job {job} in this bucket")
         return saved
 
-    def _take(self, job: str) -> None:
+    def _take(self, job: str) -> Record:
         """Writes this launcher's name into the record; the one that was there stops when it sees it."""
         while True:
             saved = self._load(job)
+            mine = saved.record.changed(owner=self.owner)
             try:
-                records.save(self.objects, saved.record.changed(owner=self.owner), generation=saved.generation)
-                return
+                return records.save(self.objects, mine, generation=saved.generation).record
             except Conflict:
                 continue
+
+    def _made(self, record: Record) -> bool:
+        """Whether there may be a resource of this attempt."""
+        return record.created_resource or record.resource == self._asked_for
+
+    def _forbid(self, call: str, record: Record, detail: str, stray: Resource | None = None) -> None:
+        """Notes that a kind of call is forbidden, and gives up when it has been for too long.
+
+        Nothing is deleted: it is this launcher that lost a permission, and the VMs' own account ends the job in time.
+
+        Args:
+            call: Its kind.
+            record: Of the job.
+            detail: Why.
+            stray: What was to be deleted, where that is not the resource of this attempt.
+
+        Raises:
+            OutOfSight: It has.
+        """
+        if self.clock() - self._forbidden.setdefault(call, self.clock()) < PATIENCE:
+            return
+        job, at = record.job, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.deadline))
+        since = f"job {job.name} cannot be looked after, for {PATIENCE / 60:.0f} minutes now: {detail}"
+        if job.vm:
+            raise OutOfSight(f"{since}; VM {job.vm} may still run it, until {at}, and `watch` takes it up again")
+        name, zone = (stray.name, stray.zone) if stray else (record.resource, record.zone)
+        command = shlex.join(GcloudCloud(job.project).delete_command(zone, name))
+        raise OutOfSight(
+            f"{since}; {name} in {zone} may still run, and its VMs delete it at {at}; `watch` takes it up when the "
+            f"permission is back, and this deletes it: {command}"
+        )
 
     def _look(self, record: Record) -> Seen:
         outcome = records.outcome(self.objects, record)
@@ -131,7 +208,11 @@ class Launcher:
             resource = self.cloud.get(record.zone, record.resource)
         except Refused as refused:
             self.say(f"{record.resource}: {refused}")
-            return Seen(unanswered=refused.reason, detail=refused.detail, outcome=outcome)
+            made = self._made(record)
+            if made and refused.reason is Refusal.BAD_REQUEST:
+                self._forbid("look", record, refused.detail)
+            return Seen(unanswered=refused.reason, detail=refused.detail, made=made, outcome=outcome)
+        self._forbidden.pop("look", None)
         heard, ended = None, False
         if resource is not None and resource.state is State.ACTIVE:
             found = self.objects.get(record.places.status(record.attempt))
@@ -165,8 +246,10 @@ class Launcher:
                 case Create():
                     self._sweep(record)
                     self.cloud.create(request(record, boot=self.boot, now=self.clock()))
+                    self._asked_for = record.resource
                 case Delete():
                     self.cloud.delete(record.zone, record.resource)
+                    self._forbidden.pop("delete", None)
                 case Conclude():
                     ended = Outcome(kind=action.kind, detail=action.detail, at=self.clock())
                     records.conclude(self.objects, record, ended)
@@ -175,24 +258,32 @@ class Launcher:
         except Refused as refused:
             self.say(f"{record.resource}: {refused}")
             self._refused[record.resource] = refused
-            if not isinstance(action, Create):
+            if isinstance(action, Delete):
+                if refused.reason is Refusal.BAD_REQUEST:
+                    self._forbid("delete", record, refused.detail)
                 self.sleep(POLL)
 
     def _sweep(self, record: Record) -> bool:
         """Deletes what earlier attempts of this run left, and says whether nothing was.
 
         There is such a thing if a launcher slept between writing the record and asking, while another one went on.
+
+        Raises:
+            OutOfSight: It may not be deleted, and has not been for too long.
         """
         clean = True
         for zone in dict.fromkeys(record.job.zones):
+            stray = None
             try:
-                for resource in self._strays(record, zone):
+                for stray in self._strays(record, zone):
                     clean = False
-                    if resource.state is not State.DELETING:
-                        self.say(f"deleting {resource.name} in {zone}, which an earlier attempt left")
-                        self.cloud.delete(zone, resource.name)
+                    if stray.state is not State.DELETING:
+                        self.say(f"deleting {stray.name} in {zone}, which an earlier attempt left")
+                        self.cloud.delete(zone, stray.name)
             except Refused as refused:
                 self.say(f"{zone}: {refused}")
+                if stray is not None and refused.reason is Refusal.BAD_REQUEST:
+                    self._forbid("sweep", record, refused.detail, stray)
                 # A zone that refuses for good, such as one that does not exist, is not waited for.
                 clean = clean and refused.reason is Refusal.BAD_REQUEST
         return clean
@@ -229,6 +320,7 @@ def request(record: Record, *, boot: str, now: float) -> Request:
         valid_seconds=int(valid),
         metadata=metadata,
         labels={"qwq-jax-job": job.name},
+        topology=None if job.slice.is_usual else job.slice.shape_text,
         reservation=job.reservation,
         service_account=job.service_account,
         network=job.network,
@@ -288,8 +380,9 @@ class ExistingVm:
 
     def get(self, zone: str, name: str) -> Resource | None:
         """Whether this attempt runs on the VM."""
-        place = self.record().places.attempt(self.record().attempt)
-        if self.objects.get(f"{place}/vm-started") is None or self.objects.get(f"{place}/vm-left") is not None:
+        record = self.record()
+        places, number = record.places, record.attempt
+        if self.objects.get(places.vm_started(number)) is None or self.objects.get(places.vm_left(number)) is not None:
             return None
         word = self.gcloud.node_state(zone, self.vm) or "DELETED"
         return Resource(name, zone, State.ACTIVE if word == "READY" else State.LOST, word)
@@ -311,12 +404,10 @@ class ExistingVm:
         # One word: gcloud, ssh and two shells pass it on, and each of them splits and quotes in its own way.
         script = base64.b64encode((exports + request.metadata["startup-script"]).encode()).decode()
         self.gcloud.ssh(request.zone, self.vm, f"echo {script} | base64 -d | sudo bash")
-        self._mark("vm-started")
+        record = self.record()
+        self.objects.put(record.places.vm_started(record.attempt), b"")
 
     def delete(self, zone: str, name: str) -> None:
         """Takes the attempt for gone; its agents see the record or the outcome, and stop."""
-        self._mark("vm-left")
-
-    def _mark(self, name: str) -> None:
         record = self.record()
-        self.objects.put(f"{record.places.attempt(record.attempt)}/{name}", b"")
+        self.objects.put(record.places.vm_left(record.attempt), b"")

@@ -25,6 +25,11 @@ _NO_ANSWER = re.compile(
     re.IGNORECASE,
 )
 _SECONDS = 300
+# What the released track of gcloud has not, or only for old kinds of TPU.
+_TYPE = "--type="
+_ALPHA = ("--provisioning-model", _TYPE)
+# With its nodes, without a question, without waiting.
+_DELETION = ("--force", "--quiet", "--async")
 
 
 def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -75,7 +80,11 @@ class GcloudCloud:
 
     def delete(self, zone: str, name: str) -> None:
         """Deletes one with its nodes."""
-        self._call(["queued-resources", "delete", name], zone, "--force", "--quiet", "--async")
+        self._call(["queued-resources", "delete", name], zone, *_DELETION)
+
+    def delete_command(self, zone: str, name: str) -> Sequence[str]:
+        """The command line that deletes a queued resource with its nodes."""
+        return self._command(["queued-resources", "delete", name], zone, *_DELETION)
 
     def node_state(self, zone: str, name: str) -> str | None:
         """The state of a TPU VM; None if there is none."""
@@ -104,7 +113,7 @@ class GcloudCloud:
             raise Refused(Refusal.TRANSIENT, f"gcloud {' '.join(words)} did not answer in JSON") from None
 
     def _command(self, words: Sequence[str], zone: str, *options: str) -> Sequence[str]:
-        track = ["alpha"] if any(word.startswith("--provisioning-model") for word in words) else []
+        track = ["alpha"] if any(word.startswith(_ALPHA) for word in words) else []
         where = [f"--zone={zone}", f"--project={self.project}"]
         return ["gcloud", *track, "compute", "tpus", *words, *where, *options]
 
@@ -136,7 +145,11 @@ def create_words(request: Request, metadata: Path) -> list[str]:
         metadata: A directory of files, one a key.
     """
     words = ["queued-resources", "create", request.name]
-    words += [f"--accelerator-type={request.accelerator_type}", f"--runtime-version={request.runtime}"]
+    words += [f"--runtime-version={request.runtime}"]
+    if request.topology is None:
+        words += [f"--accelerator-type={request.accelerator_type}"]
+    else:
+        words += [f"{_TYPE}{request.accelerator_type.partition('-')[0]}", f"--topology={request.topology}"]
     if request.slices > 1:
         words += [f"--node-count={request.slices}", f"--node-prefix={request.name}"]
     else:

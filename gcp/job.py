@@ -110,10 +110,21 @@ class JobSpec(Frozen):
                 path = PurePosixPath(name)
                 if path.is_absolute() or ".." in path.parts or not path.parts:
                     raise ValueError(f"{field}: {name!r} is not a relative path within the working directory")
+        if remote := next((name for name in self.results if "://" in name), None):
+            raise ValueError(f"results: {remote} is no file of the working directory; other outputs need no mention")
         if "--distributed" in self.arguments:
             raise ValueError("arguments: --distributed is added where there are several hosts; leave it out")
         if self.reservation and self.provisioning != "reserved":
             raise ValueError("reservation: only with provisioning = 'reserved'")
-        if self.vm and (self.slices > 1 or len(self.zones) > 1):
-            raise ValueError("vm: one existing VM has one slice and one zone")
+        if self.vm:
+            self._fits_a_vm()
         return self
+
+    def _fits_a_vm(self) -> None:
+        if self.slices > 1 or len(self.zones) > 1:
+            raise ValueError("vm: one existing VM has one slice and one zone")
+        for field in ("reservation", "runtime_version", "service_account", "network", "subnetwork"):
+            if getattr(self, field) is not None:
+                raise ValueError(f"{field}: VM {self.vm} exists, and has its own")
+        if not self.external_ips:
+            raise ValueError(f"external_ips: VM {self.vm} exists, and has its addresses")

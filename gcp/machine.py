@@ -29,6 +29,7 @@ class Seen:
         refusal: What the cloud answered when that resource was last asked for.
         detail: Its words.
         unanswered: Why the cloud did not say whether there is a resource; `resource` tells nothing then.
+        made: The cloud took the request for that resource, though nobody has seen it since.
         outcome: Of the run, if it has ended.
         heard: When a worker of this attempt last gave a sign of life.
         ended: It said that its job has ended.
@@ -38,6 +39,7 @@ class Seen:
     refusal: Refusal | None = None
     detail: str = ""
     unanswered: Refusal | None = None
+    made: bool = False
     outcome: Outcome | None = None
     heard: float | None = None
     ended: bool = False
@@ -144,8 +146,8 @@ def _asked(record: Record, seen: Seen, now: float) -> Step:
 
 def _unanswered(record: Record, seen: Seen, now: float) -> Step:
     """Nothing is made or deleted unseen: there may be a resource."""
-    if seen.unanswered is not Refusal.BAD_REQUEST or record.created_resource:
-        # One that was seen is not given up because this launcher lost a permission: its VMs end it.
+    if seen.unanswered is not Refusal.BAD_REQUEST or record.created_resource or seen.made:
+        # One that may be there is not given up because this launcher lost a permission; it gives up looking, in time.
         return Step(record, Wait(POLL))
     if seen.outcome is None:
         return Step(record, Conclude("bad-input", seen.detail))

@@ -19,6 +19,13 @@ _MOST_BYTES = 1_000_000
 _GRACE_SECONDS = 120
 _DIRECTORY = "/job"
 _SERVICE_ACCOUNT = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
+# A label of the JobSet holds it, and labels are shorter than names.
+_QUEUE = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+# Said with every manifest: what the job's file may have asked for, and has no effect.
+NOTE = (
+    "kubectl's cluster runs it, without regard to project, zones, wait_minutes and boot_minutes; nothing there ends a "
+    "job that hangs (idle_minutes), and any failure but an interruption ends the job (failures)"
+)
 # What a container exits with after a signal, and "interrupted, everything is saved".
 RESTARTED = (42, *range(128, 256))
 
@@ -29,7 +36,7 @@ def jobset(
     """Writes the objects to apply: a ConfigMap if the job has files, and the JobSet.
 
     Args:
-        job: As described; its zones, budgets for failures and idle limit are the cluster's affair here.
+        job: As described; see `NOTE` for what is the cluster's affair here.
         image: With ``qwq-jax`` in it.
         files: Contents of the job's files.
         queue: Kueue's LocalQueue; Kueue then decides when the JobSet starts.
@@ -46,6 +53,9 @@ def jobset(
         objects.append(config_map)
     metadata: dict[str, Any] = {"name": job.name, "namespace": namespace, "labels": {"app": "qwq-jax"}}
     if queue is not None:
+        check_queue(queue)
+        # The label is all: by it Kueue's webhook suspends what is created. Were `suspend` written here, a second
+        # `kubectl apply` of the same file would stop a job that runs.
         metadata["labels"]["kueue.x-k8s.io/queue-name"] = queue
     if job.slices > 1:
         # One slice, one node pool: two Jobs must not share one.
@@ -64,6 +74,40 @@ def jobset(
     return objects
 
 
+def check_queue(name: str) -> None:
+    """Checks the name of a LocalQueue.
+
+    Raises:
+        ValueError: Kubernetes would not take it.
+    """
+    if not _QUEUE.fullmatch(name):
+        raise ValueError(f"queue {name!r}: expected at most 63 lower-case letters, digits and dashes")
+
+
+def node_labels(job: JobSpec) -> dict[str, str]:
+    """Labels of the nodes for a job: its pods select them, and Kueue's flavor of its chips has the same.
+
+    Raises:
+        ValueError: GKE has no such nodes, or the reservation has no name.
+    """
+    labels = {
+        "cloud.google.com/gke-tpu-accelerator": job.slice.gke_accelerator,
+        "cloud.google.com/gke-tpu-topology": job.slice.shape_text,
+    }
+    match job.provisioning:
+        case "spot":
+            labels["cloud.google.com/gke-spot"] = "true"
+        case "flex-start":
+            labels["cloud.google.com/gke-flex-start"] = "true"
+        case "reserved":
+            if job.reservation is None:
+                raise ValueError("reservation: GKE takes a reservation by its name only; give it")
+            labels["cloud.google.com/reservation-name"] = job.reservation.rpartition("/")[2]
+        case "on-demand":
+            pass
+    return labels
+
+
 def _check(job: JobSpec) -> None:
     """Refuses what would be left out: it was asked for."""
     if job.vm:
@@ -77,8 +121,6 @@ def _check(job: JobSpec) -> None:
             raise ValueError(f"{field}: the node pools of the cluster have theirs, and a manifest cannot choose it")
     if not job.external_ips:
         raise ValueError("external_ips: the node pools of the cluster decide it, and a manifest cannot")
-    if job.provisioning == "reserved" and job.reservation is None:
-        raise ValueError("reservation: GKE takes a reservation by its name only; give it")
     if job.service_account is not None and not _SERVICE_ACCOUNT.fullmatch(job.service_account):
         raise ValueError(
             f"service_account: {job.service_account!r} is not the name of a Kubernetes service account, which pods have"
@@ -112,7 +154,6 @@ def _job(job: JobSpec, image: str, volume: dict[str, Any] | None) -> dict[str, A
 
 
 def _pod(job: JobSpec, image: str, volume: dict[str, Any] | None) -> dict[str, Any]:
-    accelerator = job.slice.gke_accelerator
     cache = names.compile_cache(job.bucket, f"{job.slice.generation}-{job.slice.shape_text}")
     environment = {"JAX_COMPILATION_CACHE_DIR": cache, "PYTHONUNBUFFERED": "1", **job.environment}
     distributed = ["--distributed"] if job.hosts > 1 and job.verb in DISTRIBUTED else []
@@ -126,24 +167,10 @@ def _pod(job: JobSpec, image: str, volume: dict[str, Any] | None) -> dict[str, A
             "limits": {"google.com/tpu": job.slice.chips_per_host},
         },
     }
-    selector = {
-        "cloud.google.com/gke-tpu-accelerator": accelerator,
-        "cloud.google.com/gke-tpu-topology": job.slice.shape_text,
-    }
-    match job.provisioning:
-        case "spot":
-            selector["cloud.google.com/gke-spot"] = "true"
-        case "flex-start":
-            selector["cloud.google.com/gke-flex-start"] = "true"
-        case "reserved":
-            assert job.reservation is not None, "refused above"
-            selector["cloud.google.com/reservation-name"] = job.reservation.rpartition("/")[2]
-        case "on-demand":
-            pass
     pod: dict[str, Any] = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": _GRACE_SECONDS,
-        "nodeSelector": selector,
+        "nodeSelector": node_labels(job),
         "tolerations": [{"key": "google.com/tpu", "operator": "Exists", "effect": "NoSchedule"}],
         "containers": [container],
     }

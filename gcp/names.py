@@ -33,6 +33,14 @@ class Places:
         """The first worker's signs of life."""
         return f"{self.attempt(number)}/status-0000.json"
 
+    def vm_started(self, number: int) -> str:
+        """Says that the agents of an attempt were started on a VM that exists."""
+        return f"{self.attempt(number)}/vm-started"
+
+    def vm_left(self, number: int) -> str:
+        """Says that they are to be taken for gone."""
+        return f"{self.attempt(number)}/vm-left"
+
     @property
     def logs(self) -> str:
         """Segments of the workers' logs, by attempt and worker."""

@@ -169,6 +169,12 @@ class PlannedObjects:
         self._say = say
         self._written: dict[str, Object] = {}
 
+    def others(self) -> "PlannedObjects":
+        """The same bucket for those who are not rehearsed, such as the workers: what they ask is not said."""
+        others = PlannedObjects(lambda text: None)
+        others._written = self._written
+        return others
+
     def get(self, name: str) -> Object | None:
         """What this rehearsal wrote."""
         self._say(f"GET {name}")

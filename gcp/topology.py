@@ -42,6 +42,9 @@ GENERATIONS = {
     "cpu": Generation("cpu", 1, "tpu-ubuntu2204-base", 1, 1, (1,), "", ""),
 }
 
+# Shapes of three dimensions below one cube of 4x4x4, of which all others are made.
+_BELOW_A_CUBE = frozenset({"2x2x1", "2x2x2", "2x2x4", "2x4x4"})
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -113,6 +116,20 @@ class Topology:
         return f"{known.accelerator}-{self.chips * known.cores_per_chip}"
 
     @property
+    def is_usual(self) -> bool:
+        """Whether Cloud TPU gives this shape to the accelerator type, which only says how many chips there are.
+
+        That is the most compact one, with its shortest side first.
+        """
+        if self.shape_text in _BELOW_A_CUBE or len(self.shape) == 1:
+            return True
+        side = 4 if len(self.shape) == 3 else 1
+        if any(length % side for length in self.shape) or self.shape != tuple(sorted(self.shape)):
+            return False
+        blocks = [length // side for length in self.shape]
+        return sum(blocks) == _least_sum(math.prod(blocks), len(blocks))
+
+    @property
     def runtime(self) -> str:
         """The image of its VMs."""
         return GENERATIONS[self.generation].runtime
@@ -132,3 +149,11 @@ class Topology:
     def gke_machine(self) -> str:
         """GKE's machine type."""
         return GENERATIONS[self.generation].gke_machine.format(self.chips_per_host)
+
+
+def _least_sum(product: int, factors: int) -> int:
+    """The smallest sum of so many whole numbers with this product."""
+    if factors == 1:
+        return product
+    divisors = (number for number in range(1, product + 1) if product % number == 0)
+    return min(number + _least_sum(product // number, factors - 1) for number in divisors)

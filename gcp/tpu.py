@@ -8,7 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,10 +20,10 @@ if __package__ in (None, ""):
 
 from google.auth.exceptions import GoogleAuthError
 
-from gcp import client, manifest, names, price, rehearsal, staging, submission, xpk
+from gcp import client, kueue, manifest, names, price, rehearsal, staging, submission, xpk
 from gcp import record as records
 from gcp.cloud import Cloud, Refused
-from gcp.driver import ExistingVm, Launcher, TakenOver
+from gcp.driver import ExistingVm, Launcher, OutOfSight, TakenOver
 from gcp.gcloud import GcloudCloud
 from gcp.job import JobSpec
 from gcp.logs import LogReader, follow
@@ -46,30 +46,51 @@ Job = Annotated[Path, typer.Argument(metavar="JOB.toml", help="The job; see conf
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be given many times.")
 ]
-Client = Annotated[ClientName, typer.Option("--client", help="How to talk to Cloud TPU.")]
+Client = Annotated[
+    ClientName | None,
+    typer.Option("--client", help="How to talk to Cloud TPU: rest, or gcloud, which a VM that exists needs."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print every request and send none.")]
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a verb works with: the job, its bucket, its cloud; all of them rehearsed in a dry run."""
+    """What a verb works with: the job, its bucket, its cloud; all of them rehearsed in a dry run.
+
+    Attributes:
+        job: As its file and the command line describe it.
+        objects: The job's bucket.
+        cloud: Where its resources are.
+        owner: Of a launcher.
+        sleep: Waits.
+        told: Settings by which the verb finds the job, or which its command line gives; they have to be the job's.
+    """
 
     job: JobSpec
     objects: Objects
     cloud: Cloud
     owner: str
-    dry_run: bool
     sleep: Callable[[float], None]
+    told: frozenset[str] = frozenset()
 
     def record(self) -> Record:
         """Reads the job's record.
 
         Raises:
-            ValueError: There is none.
+            ValueError: There is none, or the command line describes another job.
         """
         saved = records.load(self.objects, self.job.name)
         if saved is None:
             raise ValueError(f"there is no job {self.job.name} in {self.job.bucket}; submit it first")
+        running = saved.record.job
+        changed = [key for key in JobSpec.model_fields if getattr(running, key) != getattr(self.job, key)]
+        if wrong := [key for key in changed if key in self.told]:
+            raise ValueError(
+                f"{wrong[0]}: job {running.name} was submitted with {getattr(running, wrong[0])!r}, and only another "
+                "`submit` changes that"
+            )
+        if changed:
+            _say(f"job {running.name} was submitted with another {', '.join(changed)}, which holds")
         return saved.record
 
     def launcher(self) -> Launcher:
@@ -92,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     except TakenOver as taken:
         print(f"interrupted: {taken}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except Unavailable as error:
+    except (Unavailable, OutOfSight) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_FAILED
     except (ValueError, Refused, GoogleAuthError, OSError) as error:
@@ -110,13 +131,13 @@ def options() -> None:
 def submit(
     job: Job,
     overrides: Set = None,
-    client_name: Client = "rest",
+    client_name: Client = None,
     again: Annotated[bool, typer.Option("--again", help="Start a job that is over once more.")] = False,
     dry_run: DryRun = False,
 ) -> int:
     """Stage code and files, get chips, run the job to its end; killed, the same command goes on."""
     spec = load_toml(job, JobSpec, overrides or ())
-    files = submission.check(spec, Path.cwd(), client=client_name)
+    files = submission.check(spec, Path.cwd(), client=_client(spec, client_name))
     context = _open(spec, client_name, dry_run=dry_run)
     record = submission.submit(
         context.objects,
@@ -133,15 +154,16 @@ def submit(
 
 
 @app.command(epilog="Example: `python gcp/tpu.py watch configs/gcp/generate_v6e.toml`")
-def watch(job: Job, overrides: Set = None, client_name: Client = "rest", dry_run: DryRun = False) -> int:
+def watch(job: Job, overrides: Set = None, client_name: Client = None, dry_run: DryRun = False) -> int:
     """Take up a job whose launcher is gone, and see it to its end."""
     context = _opened(job, overrides, client_name, dry_run=dry_run)
-    context.record()
-    return _told(context.launcher().drive(context.job.name))
+    launcher = context.launcher()
+    launcher.patiently(context.job.name, context.record)
+    return _told(launcher.drive(context.job.name))
 
 
 @app.command(epilog="Example: `python gcp/tpu.py status configs/gcp/generate_v6e.toml`")
-def status(job: Job, overrides: Set = None, client_name: Client = "rest", dry_run: DryRun = False) -> int:
+def status(job: Job, overrides: Set = None, client_name: Client = None, dry_run: DryRun = False) -> int:
     """Say where a job is, and what has happened."""
     context = _opened(job, overrides, client_name, dry_run=dry_run)
     record = context.record()
@@ -186,7 +208,7 @@ def logs(
     dry_run: DryRun = False,
 ) -> int:
     """Print the mirrored logs, each line with its attempt and worker."""
-    context = _opened(job, overrides, "rest", dry_run=dry_run, cloud=False)
+    context = _opened(job, overrides, None, dry_run=dry_run, cloud=False)
     record = context.record()
     reader = LogReader(context.objects, record, worker)
 
@@ -199,12 +221,12 @@ def logs(
 
 
 @app.command(epilog="Example: `python gcp/tpu.py cancel configs/gcp/generate_v6e.toml`")
-def cancel(job: Job, overrides: Set = None, client_name: Client = "rest", dry_run: DryRun = False) -> int:
+def cancel(job: Job, overrides: Set = None, client_name: Client = None, dry_run: DryRun = False) -> int:
     """End a job and delete what it holds; the job may save first, for two minutes."""
     context = _opened(job, overrides, client_name, dry_run=dry_run)
-    ended = Outcome(kind="cancelled", detail="by `cancel`", at=_now())
-    ended = records.conclude(context.objects, context.record(), ended)
-    record = context.launcher().drive(context.job.name)
+    launcher, wanted = context.launcher(), Outcome(kind="cancelled", detail="by `cancel`", at=_now())
+    ended = launcher.patiently(context.job.name, lambda: records.conclude(context.objects, context.record(), wanted))
+    record = launcher.drive(context.job.name)
     print(f"{context.job.name}: {_state(record, ended)}")
     return EXIT_DONE
 
@@ -218,7 +240,7 @@ def cost(
 ) -> int:
     """Say how many chip-hours a job took, and what they cost if the price table knows."""
     table = price.read_prices(prices)
-    record = _opened(job, overrides, "rest", dry_run=dry_run, cloud=False).record()
+    record = _opened(job, overrides, None, dry_run=dry_run, cloud=False).record()
     print(price.cost(record, table, _now()))
     return EXIT_DONE
 
@@ -235,6 +257,21 @@ def print_manifest(
     spec = load_toml(job, JobSpec, overrides or ())
     files = submission.check(spec, Path.cwd())
     print(manifest.to_yaml(manifest.jobset(spec, image=image, files=files, queue=queue, namespace=namespace)), end="")
+    print(f"# {manifest.NOTE}", file=sys.stderr)
+    return EXIT_DONE
+
+
+@app.command("queue", epilog="Example: `python gcp/tpu.py queue JOB.toml --queue tpus --chips 64 | kubectl apply -f -`")
+def print_queue(
+    job: Job,
+    queue: Annotated[str, typer.Option(help="Kueue's LocalQueue.")],
+    chips: Annotated[int, typer.Option(min=1, help="That jobs of this queue may hold together.")],
+    overrides: Set = None,
+    namespace: Annotated[str, typer.Option(help="Of the LocalQueue and its jobs.")] = "default",
+) -> int:
+    """Print the queue that `manifest --queue` names, for slices such as the job's; Kueue needs it once."""
+    spec = load_toml(job, JobSpec, overrides or ())
+    print(manifest.to_yaml(kueue.objects(spec, queue=queue, chips=chips, namespace=namespace)), end="")
     return EXIT_DONE
 
 
@@ -247,46 +284,69 @@ def print_xpk(
 ) -> int:
     """Print the command line that starts the job with xpk."""
     print(xpk.command_line(load_toml(job, JobSpec, overrides or ()), image=image, cluster=cluster))
+    print(f"# {xpk.NOTE}", file=sys.stderr)
     return EXIT_DONE
 
 
 def _opened(
-    job: Path, overrides: list[str] | None, client_name: ClientName, *, dry_run: bool, cloud: bool = True
+    job: Path, overrides: list[str] | None, client_name: ClientName | None, *, dry_run: bool, cloud: bool = True
 ) -> Context:
     """A context of a job that was submitted; a rehearsed one is submitted first, without a word."""
     spec = load_toml(job, JobSpec, overrides or ())
-    context = _open(spec, client_name, dry_run=dry_run, cloud=cloud)
+    # Where it is looked for, too: another project would say that the job's resource is gone.
+    told = {"project", "vm", *(override.partition("=")[0].partition(".")[0].strip() for override in overrides or ())}
+    context = replace(_open(spec, client_name, dry_run=dry_run, cloud=cloud), told=frozenset(told))
     if dry_run:
-        record = rehearsal.seed(context.objects, spec, now=_now())
+        assert isinstance(context.objects, PlannedObjects), "as every rehearsal has them"
+        record = rehearsal.seed(context.objects.others(), spec, now=_now())
         if isinstance(context.cloud, rehearsal.PlannedCloud):
             context.cloud.adopt(record)
+        if not cloud:
+            # Nobody looks at the cloud, and so nobody would see that it ends.
+            rehearsal.finish(context.objects.others(), spec.name)
     return context
 
 
-def _open(spec: JobSpec, client_name: ClientName, *, dry_run: bool, cloud: bool = True) -> Context:
-    owner = f"{uuid.uuid4()}"
-    objects: Objects = PlannedObjects(print) if dry_run else open_bucket(spec.bucket)
+def _client(spec: JobSpec, client_name: ClientName | None) -> ClientName:
+    if spec.vm and client_name == "rest":
+        raise ValueError(f"vm: {spec.vm} is reached by ssh, which needs --client gcloud")
+    return client_name or ("gcloud" if spec.vm else "rest")
+
+
+def _open(spec: JobSpec, client_name: ClientName | None, *, dry_run: bool, cloud: bool = True) -> Context:
+    owner, chosen_name = f"{uuid.uuid4()}", _client(spec, client_name)
+    if dry_run:
+        return _rehearsed(spec, chosen_name, owner)
+    objects = open_bucket(spec.bucket)
+    if not cloud or chosen_name == "gcloud":
+        by_command = GcloudCloud(spec.project)
+        chosen = _existing(spec, by_command, objects) if spec.vm else by_command
+    else:
+        chosen = client.connect(spec.project, endpoint=os.environ.get("QWQ_JAX_TPU_ENDPOINT"))
+    return Context(spec, objects, chosen, owner, lambda seconds: time.sleep(seconds * _pace()))
+
+
+def _rehearsed(spec: JobSpec, client_name: ClientName, owner: str) -> Context:
+    objects = PlannedObjects(print)
+
+    def active() -> None:
+        rehearsal.finish(objects.others(), spec.name)
+
+    planned = rehearsal.PlannedCloud(spec.project, print, by_gcloud=client_name == "gcloud", active=active)
+    by_command = GcloudCloud(spec.project, rehearsal.planned_run(print, active))
+    chosen = _existing(spec, by_command, objects) if spec.vm else planned
+    return Context(spec, objects, chosen, owner, lambda seconds: None)
+
+
+def _existing(spec: JobSpec, by_command: GcloudCloud, objects: Objects) -> ExistingVm:
+    assert spec.vm, "there is one"
 
     def record() -> Record:
         saved = records.load(objects, spec.name)
         assert saved is not None, "a launcher runs for a record"
         return saved.record
 
-    if dry_run:
-        run = rehearsal.planned_run(print, objects, record)
-
-        def active() -> None:
-            rehearsal.finish(objects, record())
-
-        planned = rehearsal.PlannedCloud(spec.project, print, by_gcloud=client_name == "gcloud", active=active)
-        chosen: Cloud = ExistingVm(spec.vm, GcloudCloud(spec.project, run), objects, record) if spec.vm else planned
-        return Context(spec, objects, chosen, owner, dry_run, lambda seconds: None)
-    if not cloud or client_name == "gcloud" or spec.vm:
-        by_command = GcloudCloud(spec.project)
-        chosen = ExistingVm(spec.vm, by_command, objects, record) if spec.vm else by_command
-    else:
-        chosen = client.connect(spec.project, endpoint=os.environ.get("QWQ_JAX_TPU_ENDPOINT"))
-    return Context(spec, objects, chosen, owner, dry_run, lambda seconds: time.sleep(seconds * _pace()))
+    return ExistingVm(spec.vm, by_command, objects, record)
 
 
 def _pace() -> float:

@@ -297,6 +297,7 @@ GCP_LAYERS = {
     "price": 3,
     "manifest": 3,
     "xpk": 3,
+    "kueue": 4,
     "submission": 4,
     "driver": 4,
     "rehearsal": 4,

@@ -15,10 +15,13 @@ from gcp import driver, staging, tpu
 from gcp.gcloud import GcloudCloud
 from gcp.job import JobSpec
 from gcp.logs import LogReader
+from gcp.objects import PlannedObjects
 from gcp.price import Prices, cost
 from gcp.record import Interval
+from gcp.rehearsal import finish, seed
 from qwq_jax.config.load import load_toml
 from tests.gcp.memory import MemoryObjects, a_job, a_record
+from tests.gcp.world import World, WorldCloud
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "gcp" / "README.md").read_text(encoding="utf-8")
@@ -76,10 +79,19 @@ def test_the_manifest_of_the_readme(place, capsys):
     for name in ("math_train", "code_train", "math_held_out", "code_held_out"):
         (place / "data" / f"{name}.jsonl").touch()
     assert tpu.main(shlex.split(line.replace("\\\n", ""))[2:]) == 0
-    assert "kind: JobSet" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "kind: JobSet" in told.out and "# kubectl's cluster runs it" in told.err and "idle_minutes" in told.err
 
 
-@pytest.mark.parametrize("verb", ["manifest", "xpk"])
+def test_the_queue_of_the_readme(place, capsys):
+    (line,) = [block for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "tpu.py queue" in block]
+    assert tpu.main(shlex.split(line.partition("|")[0])[2:]) == 0
+    said = capsys.readouterr().out
+    assert [f"kind: {kind}" in said for kind in ("ResourceFlavor", "ClusterQueue", "LocalQueue")] == [True] * 3
+    assert "nominalQuota: 128" in said and "name: default-tpus" in said
+
+
+@pytest.mark.parametrize("verb", ["manifest", "queue", "xpk"])
 def test_verbs_that_only_print_have_no_dry_run(capsys, verb):
     assert f"`{verb}`" in next(line for line in README.splitlines() if "no such option" in line)
     assert tpu.main([verb, "job.toml", "--dry-run"]) == 2
@@ -166,6 +178,33 @@ def test_a_vm_that_exists_is_never_deleted(place, capsys):
     assert "tpu-vm ssh mine" in said and "delete" not in said
 
 
+def test_a_vm_that_exists_is_not_reached_by_rest(place, capsys):
+    changes = ["--set", "vm=mine", "--set", 'zones=["us-east5-b"]', "--client", "rest"]
+    assert tpu.main(["submit", "configs/gcp/generate_v6e.toml", *changes, "--dry-run"]) == 2
+    assert "vm: mine is reached by ssh, which needs --client gcloud" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["watch", "status", "logs", "cancel", "cost"])
+def test_a_job_that_runs_is_not_another_one(place, capsys, monkeypatch, verb):
+    """What the command line asks for is the job's, or refused; what its file says now is told."""
+    bucket = PlannedObjects(lambda text: None)
+    path = "configs/gcp/generate_v6e.toml"
+    job = load_toml(place / path, JobSpec)
+    seed(bucket, job, now=0.0)
+    finish(bucket, job.name)
+    monkeypatch.setattr(tpu, "open_bucket", lambda address: bucket)
+    monkeypatch.setattr(tpu.client, "connect", lambda project, endpoint: WorldCloud(World(lambda: 0.0)))
+    before = dict(bucket._written)
+    for changes in (["deadline_hours=99"], ["project=other"], ["slices=2"]):
+        assert tpu.main([verb, path, "--set", *changes]) == 2
+        key = changes[0].partition("=")[0]
+        assert f"error: {key}: job qwq-generate was submitted with" in capsys.readouterr().err
+    assert bucket._written == before
+    (place / "job.toml").write_text((place / path).read_text().replace("deadline_hours = 12", "deadline_hours = 13"))
+    assert tpu.main([verb, "job.toml", "--set", "slices=1"]) == 0
+    assert "was submitted with another deadline_hours, which holds" in capsys.readouterr().err
+
+
 def test_list(capsys):
     assert tpu.main(["list", "gs://bucket", "--dry-run"]) == 0
     assert "LIST qwq_jax/jobs/" in capsys.readouterr().out
@@ -175,8 +214,12 @@ def test_manifest_and_xpk(place, capsys):
     (place / "job.toml").write_text((ROOT / "configs/gcp/convert_qwq_32b.toml").read_text())
     assert tpu.main(["manifest", "job.toml", "--image", "i"]) == 0
     assert "kind: JobSet" in capsys.readouterr().out
-    assert tpu.main(["xpk", "job.toml", "--image", "i", "--cluster", "c"]) == 0
-    assert capsys.readouterr().out.startswith("xpk workload create")
+    xpk = ["xpk", "job.toml", "--image", "i", "--cluster", "c"]
+    assert tpu.main(xpk) == 2
+    assert "error: zones: xpk works in the one zone of its cluster" in capsys.readouterr().err
+    assert tpu.main([*xpk, "--set", 'zones=["us-east5-b"]']) == 0
+    told = capsys.readouterr()
+    assert told.out.startswith("xpk workload create") and "\n# xpk ends no job that hangs" in f"\n{told.err}"
 
 
 @pytest.mark.parametrize(
@@ -212,7 +255,7 @@ assert "jax" not in sys.modules and "gcp.driver" in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for verb in ("submit", "watch", "status", "list", "logs", "cancel", "cost", "manifest", "xpk"):
+    for verb in ("submit", "watch", "status", "list", "logs", "cancel", "cost", "manifest", "queue", "xpk"):
         assert verb in done.stdout
 
 

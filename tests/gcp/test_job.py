@@ -1,12 +1,11 @@
 """Job files: those that ship, and what is wrong with others, in a sentence."""
 
-import shlex
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
-from gcp import driver, manifest, submission, xpk
+from gcp import client, driver, gcloud, manifest, submission, xpk
 from gcp.job import DISTRIBUTED, JobSpec
 from gcp.topology import GENERATIONS, Topology
 from qwq_jax.config.load import load_toml
@@ -45,6 +44,45 @@ def test_topologies(text, accelerator, hosts, chips_per_host):
     assert str(topology) == text
 
 
+@pytest.mark.parametrize(
+    ("usual", "other"),
+    [
+        ("v5p:2x2x1", None),
+        ("v5p:2x4x4", None),
+        ("v5p:4x4x4", "v4:2x4x8"),
+        ("v4:4x8x8", "v4:4x4x16"),
+        ("v5p:8x12x16", "v5p:4x16x24"),
+        ("v5p:4x4x12", "v5p:12x4x4"),
+        ("v6e:2x4", "v6e:4x2"),
+        ("v5e:8x16", "v5e:4x32"),
+        ("cpu:4", None),
+    ],
+)
+def test_the_shapes_that_accelerator_types_stand_for(usual, other):
+    assert Topology.parse(usual).is_usual
+    assert other is None or not Topology.parse(other).is_usual
+
+
+def test_another_shape_is_asked_for():
+    """Not the type, by which the cloud would choose the shape."""
+
+    def asked(topology: str) -> tuple[Any, list[str], str]:
+        job = a_job(topology=topology, zones=("a",))
+        request = driver.request(a_record(job, attempt=1), boot="", now=1000.0)
+        (spec,) = client.queued_resource(request, "projects/p/locations/a").tpu.node_spec
+        return spec.node, gcloud.create_words(request, Path("M")), xpk.command_line(job, image="i", cluster="c")
+
+    node, words, line = asked("v5p:4x4x16")
+    assert (node.accelerator_type, node.accelerator_config.topology) == ("", "4x4x16")
+    assert node.accelerator_config.type_.name == "V5P"
+    assert {"--type=v5p", "--topology=4x4x16"} <= {*words} and "--tpu-type v5p-4x4x16" in line
+    assert gcloud.GcloudCloud("p")._command(words, "a")[1] == "alpha", "the released gcloud knows no such type"
+    assert asked("v5e:2x8")[0].accelerator_config.type_.name == "V5LITE_POD"
+    node, words, line = asked("v5p:4x8x8")
+    assert node.accelerator_type == "v5p-512" and not node.accelerator_config.topology
+    assert "--accelerator-type=v5p-512" in words and "--tpu-type v5p-512" in line
+
+
 def test_generations_are_named_as_in_the_price_table():
     """One table serves `cost` and `qwq-jax plan`."""
     assert {*GENERATIONS} - {"cpu"} == {*get_args(ChipName)}
@@ -58,6 +96,10 @@ def test_generations_are_named_as_in_the_price_table():
         ({"name": "x" * 41}, "expected at most 40"),
         ({"bucket": "bucket"}, "bucket 'bucket': expected gs://BUCKET"),
         ({"bucket": "gs://bucket/dir"}, "without a directory"),
+        ({"results": ["gs://bucket/x"]}, "results: gs://bucket/x is no file of the working directory"),
+        ({"vm": "m", "zones": ["a"], "network": "n"}, "network: VM m exists, and has its own"),
+        ({"vm": "m", "zones": ["a"], "service_account": "s"}, "service_account: VM m exists, and has its own"),
+        ({"vm": "m", "zones": ["a"], "runtime_version": "r"}, "runtime_version: VM m exists, and has its own"),
         ({"topology": "v9:2x2"}, "expected GENERATION:SHAPE with one of v4, v5e"),
         ({"topology": "v5e:2x2x2"}, "v5e has shapes such as v5e:4x4"),
         ({"topology": "v5e:3x3"}, "9 chips do not fill hosts of 4"),
@@ -89,9 +131,6 @@ def test_verbs_that_join_hosts_are_told_to_on_several_hosts(verb):
         job = a_job(verb=verb, topology=topology, arguments=("a",))
         given = driver.assignment(a_record(job, attempt=1))
         assert given.command == [verb, "a", *told] and given.distributed == bool(told)
-        assert xpk.command_line(job, image="i", cluster="c").endswith(
-            shlex.quote(shlex.join(["qwq-jax", *given.command]))
-        )
         (jobset,) = manifest.jobset(job, image="i", files={}, queue=None, namespace="n")
         pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
         assert pod["containers"][0]["command"] == ["qwq-jax", *given.command]

@@ -1,6 +1,7 @@
 """Every state of a record, with everything that can be seen, at every time that matters."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -138,6 +139,7 @@ def test_a_look_that_is_refused_is_final_only_where_nothing_was_seen_before(refu
     else:
         assert isinstance(step.action, Wait)
     assert isinstance(decide(asked(created_resource=True), seen, NOW).action, Wait)
+    assert isinstance(decide(asked(), replace(seen, made=True), NOW).action, Wait), "it may be there"
 
 
 @pytest.mark.parametrize("field", ["preemptions", "failures"])

@@ -8,10 +8,11 @@ import jsonschema
 import pytest
 import yaml
 
-from gcp import manifest, xpk
+from gcp import kueue, manifest
 from tests.gcp.memory import a_job
 
 SCHEMA = Path(__file__).parent / "data" / "jobset_v1alpha2.schema.json"
+QUEUES = Path(__file__).parent / "data" / "kueue_v1beta2.schema.json"
 
 
 def strict(schema: Any) -> Any:
@@ -137,8 +138,95 @@ def test_the_service_account_is_the_pods(validator):
     assert pod["serviceAccountName"] == "trainer"
 
 
-def test_xpk():
-    line = xpk.command_line(JOBS["several slices"], image="i", cluster="c")
-    assert "--tpu-type v5litepod-16 --num-slices 4" in line and "'qwq-jax generate --distributed'" in line
-    with pytest.raises(ValueError, match="xpk carries none"):
-        xpk.command_line(a_job(files=("x",)), image="i", cluster="c")
+@pytest.fixture(scope="module")
+def queue_validators() -> dict[str, jsonschema.Draft202012Validator]:
+    schemas = json.loads(QUEUES.read_text())
+    return {kind: jsonschema.Draft202012Validator(strict(schema)) for kind, schema in schemas.items()}
+
+
+def the_queue(job: Any, chips: int = 512) -> Any:
+    objects = kueue.objects(job, queue="tpus", chips=chips, namespace="team")
+    assert list(yaml.safe_load_all(manifest.to_yaml(objects))) == objects
+    return objects
+
+
+@pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
+def test_a_queue_by_the_official_schema(queue_validators, job):
+    for each in the_queue(job):
+        assert each["apiVersion"] == "kueue.x-k8s.io/v1beta2"
+        queue_validators[each["kind"]].validate(each)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda flavor, cluster, local: flavor["spec"].update(nodeLabel={}),
+        lambda flavor, cluster, local: cluster["spec"].update(cohort="all"),
+        lambda flavor, cluster, local: cluster["spec"]["resourceGroups"][0].pop("coveredResources"),
+        lambda flavor, cluster, local: local["spec"].update(clusterQueue="A B"),
+    ],
+)
+def test_the_schemas_of_a_queue_find_damage(queue_validators, damage):
+    objects = the_queue(a_job())
+    damage(*objects)
+    assert not all(queue_validators[each["kind"]].is_valid(each) for each in objects)
+
+
+def admitted(jobset: Any, objects: Any) -> dict[str, str]:
+    """What Kueue does with a JobSet, by its documented rules; returns the labels that its pods select in the end."""
+    flavor, cluster, local = objects
+    metadata = jobset["metadata"]
+    assert metadata["labels"]["kueue.x-k8s.io/queue-name"] == local["metadata"]["name"], "or nothing suspends it"
+    assert metadata["namespace"] == local["metadata"]["namespace"]
+    assert cluster["spec"]["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": metadata["namespace"]}
+    assert local["spec"]["clusterQueue"] == cluster["metadata"]["name"]
+    (group,) = cluster["spec"]["resourceGroups"]
+    (offered,) = group["flavors"]
+    assert offered["name"] == flavor["metadata"]["name"]
+    (quota,) = offered["resources"]
+    needed: dict[str, int] = {}
+    for replicated in jobset["spec"]["replicatedJobs"]:
+        job = replicated["template"]["spec"]
+        pod = job["template"]["spec"]
+        for name, amount in pod["containers"][0]["resources"]["requests"].items():
+            needed[name] = needed.get(name, 0) + replicated["replicas"] * job["parallelism"] * amount
+    assert [*needed] == group["coveredResources"] == [quota["name"]], "a resource without a quota is never admitted"
+    assert needed[quota["name"]] <= quota["nominalQuota"]
+    labels = flavor["spec"]["nodeLabels"]
+    for name in labels.keys() & pod["nodeSelector"].keys():
+        assert labels[name] == pod["nodeSelector"][name], "no flavor fits"
+    return {**pod["nodeSelector"], **labels}
+
+
+@pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
+def test_a_job_is_let_in_by_its_queue_and_stays_where_it_wanted(job):
+    jobset = manifest.jobset(job, image="i", files={}, queue="tpus", namespace="team")[-1]
+    alone = manifest.jobset(job, image="i", files={}, queue=None, namespace="team")[-1]
+    selected = alone["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["nodeSelector"]
+    assert admitted(jobset, the_queue(job, chips=job.chips)) == selected
+    assert "suspend" not in jobset["spec"], "applied again, it would stop a job that runs"
+
+
+def test_every_kind_of_chips_has_a_flavor_of_its_own():
+    names = [the_queue(job)[0]["metadata"]["name"] for job in JOBS.values()]
+    assert len({*names}) == len(names)
+    assert names[:2] == ["tpu-v6e-slice-2x4-spot", "tpu-v5p-slice-4x4x4-flex-start"]
+
+
+@pytest.mark.parametrize(
+    ("job", "changes", "sentence"),
+    [
+        (a_job(topology="v5e:4x4", slices=2), {"chips": 31}, "chips 31: job job needs 32, and would wait"),
+        (a_job(), {"queue": "TPUs"}, "queue 'TPUs': expected at most 63"),
+        (a_job(topology="cpu:1"), {}, "GKE has no TPU nodes of this kind"),
+        (a_job(provisioning="reserved"), {}, "reservation: GKE takes a reservation by its name only"),
+    ],
+)
+def test_what_is_no_queue(job, changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        kueue.objects(job, **({"queue": "tpus", "chips": 64, "namespace": "team"} | changes))
+
+
+def test_a_jobset_for_a_queue_without_a_name():
+    with pytest.raises(ValueError, match="queue '': expected"):
+        the_jobset(a_job(), queue="")
