@@ -114,8 +114,8 @@ def test_a_slice_that_is_too_small_is_refused_with_what_is_short(capsys: pytest.
     printed = capsys.readouterr()
     text = " ".join(printed.out.split())
     assert "does not fit v5e:2x2" in text and "--set engine.weights=int" in text, "it says what would fit"
-    # 64 GB of weights over 4 devices, and 2.5 GB of the cache of 40,960 tokens, of which there is a tenth more.
-    assert "weights take 16.2 GB of each and one sequence of 40,960 tokens 2.7 GB, of 17.2 GB: short by 2.0 GB" in text
+    # 65.5 GB of weights over 4 devices, and what a cache is that has a ninth more than one sequence.
+    assert "weights take 16.4 GB of each and one sequence of 16,384 tokens 1.1 GB, of 16.9 GB: short by 0.7 GB" in text
     assert printed.err.startswith("error: qwq_32b.toml does not fit every topology asked for")
 
 
@@ -123,7 +123,7 @@ def test_what_no_type_makes_fit_is_told_which_slice_would_do(capsys: pytest.Capt
     words = ("--model", "configs/models/qwen2.5-72b.toml", "--topology", "v5e:1x1")
     assert run(INFERENCE, *words) == 2
     text = " ".join(capsys.readouterr().out.split())
-    assert "over 1 devices weights take 145.4 GB" in text and "nor with 8 or 4 bits; v5e:2x4 would hold it" in text
+    assert "over 1 device weights take 145.4 GB" in text and "nor with 8 or 4 bits; v5e:2x4 would hold it" in text
 
 
 def test_a_cache_that_is_too_large_is_refused_before_anything_is_compiled_with_it(
