@@ -39,8 +39,8 @@ def no_engine_fits(job: Job, topology: Topology, usable: int, wanted: tuple[str 
     )
     return (
         f"{job.name} does not fit {topology.name} with {weights or 'bfloat16'} weights and a {cache} cache: over "
-        f"{tensor} device{'s' if tensor > 1 else ''} weights take {held / GB:.1f} GB of each and one sequence of {longest:,} tokens "
-        f"{one / GB:.1f} GB, of {usable / GB:.1f} GB: short by {short / GB:.1f} GB; {would}"
+        f"{tensor} device{'s' if tensor > 1 else ''} weights take {held / GB:.1f} GB of each and one sequence of "
+        f"{longest:,} tokens {one / GB:.1f} GB, of {usable / GB:.1f} GB: short by {short / GB:.1f} GB; {would}"
     )
 
 
