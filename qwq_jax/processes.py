@@ -108,9 +108,10 @@ class Peers:
         self._stopping = False
         self._steps = 0
         self._signs = 0
-        self._watch = None
+        self._watch = self._monitor = None
         if store is not None:
-            self._watch = Watch(store, index, lambda: self._signs, devices=devices, publish=publish)
+            self._watch = Watch(store, index, lambda: self._signs)
+            self._monitor = HealthMonitor(store, index, self._watch.silent_seconds, devices=devices, publish=publish)
 
     @classmethod
     def meet(cls, stop: Callable[[], bool], *, starts_devices: bool = True, publish: "Publish | None" = None) -> Self:
@@ -134,15 +135,17 @@ class Peers:
         return cls(stop, index=state.process_id, count=count, store=state.client, devices=devices, publish=publish)
 
     def __enter__(self) -> Self:
-        if self._watch is not None:
+        if self._watch is not None and self._monitor is not None:
             self._watch.start()
+            self._monitor.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._store is None or self._watch is None:
+        if self._store is None or self._watch is None or self._monitor is None:
             return
+        self._monitor.leave()
         if isinstance(error, JaxRuntimeError) or "Gloo" in str(error):
             # Most likely the effect of something at the other end: then the watch finds it and ends this process.
             self._watch.join(2 * SILENCE_SECONDS)
@@ -267,19 +270,10 @@ class Watch(threading.Thread):
         index: Of this process.
         signs: How often the work of this process has shown itself so far.
         clock: In seconds.
-        devices: As of `Peers`.
-        publish: As of `Peers`.
     """
 
     def __init__(
-        self,
-        store: Store,
-        index: int,
-        signs: Callable[[], int],
-        clock: Callable[[], float] = time.monotonic,
-        *,
-        devices: Sequence[Any] = (),
-        publish: Publish | None = None,
+        self, store: Store, index: int, signs: Callable[[], int], clock: Callable[[], float] = time.monotonic
     ) -> None:
         super().__init__(daemon=True)
         self._store = store
@@ -289,10 +283,6 @@ class Watch(threading.Thread):
         self._left = threading.Event()
         self._heard: dict[str, tuple[str, float]] = {}
         self._worked: dict[str, tuple[int, float]] = {}
-        self._devices = devices
-        self._publish = publish
-        # The first word comes when all have had the time for a beat.
-        self._told_at = clock() - HEALTH_SECONDS + 2 * BEAT_SECONDS
         # Without process 0 the others hear nothing any more: it goes last.
         self._patience = SILENCE_SECONDS if index else SILENCE_SECONDS + 2 * BEAT_SECONDS
 
@@ -301,8 +291,7 @@ class Watch(threading.Thread):
         beat = 0
         while not self._left.is_set():
             try:
-                health = HostHealth.of_this(self._index, self._devices)
-                told = json.dumps([beat, self._signs(), health.to_json()])
+                told = json.dumps([beat, self._signs()])
                 self._store.key_value_set(f"{_ROOT}/beat/{self._index}", told, allow_overwrite=True)
                 beats = self._store.key_value_dir_get(f"{_ROOT}/beat/")
                 failures = self._store.key_value_dir_get(f"{_ROOT}/news/failed/")
@@ -314,7 +303,6 @@ class Watch(threading.Thread):
                 sys.stderr.flush()
                 # The main thread may be waiting for the other process, where nothing wakes it.
                 os._exit(EXIT_INTERRUPTED)
-            self.tell_health(beats)
             beat += 1
             self._left.wait(BEAT_SECONDS)
 
@@ -327,17 +315,10 @@ class Watch(threading.Thread):
         except JaxRuntimeError:  # no store, no beat
             return
 
-    def tell_health(self, beats: list[tuple[str, str]]) -> None:
-        """Says on process 0, once a minute, how the hosts do; `silent` has noted before when each was heard."""
-        now = self._clock()
-        if self._index or now - self._told_at < HEALTH_SECONDS:
-            return
-        self._told_at = now
-        told = [HostHealth(**json.loads(value)[2]).heard(now - self._heard[key][1]) for key, value in beats]
-        hosts = {host.process: host for host in sorted(told, key=lambda host: host.process)}
-        LOG.info("%s", summary(hosts))
-        if self._publish is not None:
-            self._publish(list(hosts.values()))
+    def silent_seconds(self, index: int) -> float:
+        """Since a process was heard of, as far as this one has listened."""
+        heard = self._heard.get(f"{_ROOT}/beat/{index}")
+        return 0.0 if heard is None else self._clock() - heard[1]
 
     def silent(self, found: list[tuple[str, str]]) -> str | None:
         """What is wrong with a process whose beat, or report of a failure, has stood still; None if nothing is."""
@@ -368,3 +349,64 @@ class Watch(threading.Thread):
             return None
         least = min(waiting, key=lambda index: (waiting[index], int(index)))
         return f"process {least} lives but has not gone on for {STUCK_SECONDS:.0f} s"
+
+
+class HealthMonitor(threading.Thread):
+    """Lays out now and then how this process and its machine do; on process 0 logs and publishes what all have told.
+
+    A thread of its own: a bucket that is slow to take the table, or a device that is slow to tell, must not keep the
+    beat of `Watch` from being heard.
+
+    Args:
+        store: Where all lay it out.
+        index: Of this process.
+        silent_seconds: Since a process was heard of, by its index.
+        devices: As of `Peers`.
+        publish: As of `Peers`.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        index: int,
+        silent_seconds: Callable[[int], float],
+        *,
+        devices: Sequence[Any] = (),
+        publish: Publish | None = None,
+    ) -> None:
+        super().__init__(daemon=True)
+        self._store = store
+        self._index = index
+        self._silent_seconds = silent_seconds
+        self._devices = devices
+        self._publish = publish
+        self._left = threading.Event()
+
+    def run(self) -> None:
+        """Until it is left, or the store is gone."""
+        # Process 0 looks a little later than the others lay out.
+        wait = 2 * BEAT_SECONDS if self._index == 0 else 0.0
+        while not self._left.wait(wait):
+            try:
+                self.look()
+            except JaxRuntimeError:
+                return
+            wait = HEALTH_SECONDS
+
+    def leave(self) -> None:
+        """Ends it after what it is doing, for which nobody waits."""
+        self._left.set()
+
+    def look(self) -> None:
+        """Lays out this process' state, and on process 0 says how all do."""
+        own = HostHealth.of_this(self._index, self._devices)
+        key = f"{_ROOT}/health/"
+        self._store.key_value_set(f"{key}{self._index}", json.dumps(own.to_json()), allow_overwrite=True)
+        if self._index:
+            return
+        found = [HostHealth.from_json(json.loads(value)) for _, value in self._store.key_value_dir_get(key)]
+        told = [each.heard(self._silent_seconds(each.process)) for each in found if each is not None]
+        told.sort(key=lambda each: each.process)
+        LOG.info("%s", summary(told))
+        if self._publish is not None:
+            self._publish(told)

@@ -4,23 +4,24 @@ import json
 import logging
 import os
 import random
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import pytest
+from jax.errors import JaxRuntimeError
 
-from qwq_jax.health import HostHealth
+from qwq_jax.health import HostHealth, summary
 from qwq_jax.interrupt import Interrupted
 from qwq_jax.processes import (
-    BEAT_SECONDS,
-    HEALTH_SECONDS,
     SILENCE_SECONDS,
     STEPS_PER_DECISION,
     STUCK_SECONDS,
+    HealthMonitor,
     PeerFailed,
     Peers,
     Watch,
@@ -184,37 +185,43 @@ def test_a_process_that_is_silent_is_named() -> None:
     assert watch.silent([beats(3, 3, beat=1)[0], beats(3, 3, beat=2)[1]]) == "process 0 has not been heard of for 40 s"
 
 
-def test_health_of_all_hosts_is_told_once_a_minute_by_process_0(caplog: pytest.LogCaptureFixture) -> None:
-    clock, told = Clock(), []
-    hosts = [
-        HostHealth(0, "tpu-0", memory_gb=5.0, free_gb=90.0, load=0.5, device_memory=0.91),
-        HostHealth(1, "tpu-1", memory_gb=7.5, free_gb=2.5, load=3.0, device_memory=0.75),
-    ]
-
-    def beats_of(beat: int) -> list[tuple[str, str]]:
-        return [(f"qwq_jax/beat/{host.process}", json.dumps([beat, 0, host.to_json()])) for host in hosts]
-
-    watch = Watch(Memory(), 0, lambda: 0, clock, publish=told.append)
-    clock.seconds = 2 * BEAT_SECONDS
-    first = beats_of(1)
-    assert watch.silent(first) is None
+def test_process_0_says_how_all_processes_do(caplog: pytest.LogCaptureFixture) -> None:
+    store, told = Memory(), []
+    other = HostHealth(1, "tpu-1", memory_gb=70.5, free_gb=0.001, load=90.0, device_memory=0.75)
+    store.key_value_set("qwq_jax/health/1", json.dumps(other.to_json()))
+    store.key_value_set("qwq_jax/health/2", json.dumps({"process": 2, "of": "another version"}))
+    first = HealthMonitor(store, 0, {0: 0.0, 1: 3.0}.__getitem__, publish=told.append)
     with caplog.at_level(logging.INFO, logger="qwq_jax"):
-        watch.tell_health(first)
-        clock.seconds += 3.0
-        second = [beats_of(2)[0], first[1]]
-        assert watch.silent(second) is None
-        watch.tell_health(second)
-        assert len(told) == 1, "a minute has not passed"
-        watch._told_at -= HEALTH_SECONDS
-        watch.tell_health(second)
-    assert [host.silent_seconds for host in told[1]] == [0.0, 3.0]
-    assert caplog.messages[1] == (
-        "2 hosts, most memory 7.5 GB (p1), least free 2.5 GB (p1 on tpu-1), highest load 3.0 (p1), "
-        "fullest device 91% (p0), last heard of 3 s ago (p1)"
-    )
-    other = Watch(Memory(), 1, lambda: 0, clock, publish=told.append)
-    other.tell_health(first)
-    assert len(told) == 2, "others say nothing"
+        first.look()
+    [[own, heard]] = told
+    assert (own.process, own.host) == (0, socket.gethostname()) and heard == other.heard(3.0)
+    assert caplog.messages == [
+        "2 processes on 2 hosts, most memory 70.5 GB (p1), least free 0.0 GB (p1), highest load 90.0 (p1), "
+        "fullest device 75% (p1), longest unheard of 3 s (p1)"
+    ]
+    HealthMonitor(store, 1, lambda _: 0.0, publish=told.append).look()
+    assert len(told) == 1, "others only tell"
+    assert json.loads(store.values["qwq_jax/health/1"])["host"] == socket.gethostname()
+
+
+def test_a_slow_bucket_and_a_device_in_trouble_do_not_stop_the_beat() -> None:
+    class Troubled:
+        def memory_stats(self) -> dict[str, int]:
+            raise JaxRuntimeError("INTERNAL: the chip does not answer")
+
+    store, reached, end = Memory(), threading.Event(), threading.Event()
+
+    def publish(hosts: Sequence[HostHealth]) -> None:
+        reached.set()
+        end.wait(30)
+
+    peer = Peers(never, index=0, count=2, store=store, devices=[Troubled()], publish=publish)
+    with peer:
+        assert reached.wait(30), "the table is under way"
+        beat = store.values["qwq_jax/beat/0"]
+        with store.changed:
+            assert store.changed.wait_for(lambda: store.values["qwq_jax/beat/0"] != beat, timeout=30)
+    end.set()
 
 
 def test_a_host_looks_at_itself(tmp_path: Path) -> None:
@@ -229,9 +236,11 @@ def test_a_host_looks_at_itself(tmp_path: Path) -> None:
     host = HostHealth.of_this(2, [Device(None), Device(full), Device(full | {"bytes_in_use": 10})], proc=tmp_path)
     page = os.sysconf("SC_PAGE_SIZE")
     assert (host.process, host.memory_gb, host.free_gb) == (2, round(2000 * page / 1e9, 3), 1.024)
-    assert host.device_memory == 0.75 and HostHealth(**host.to_json()) == host
+    assert host.device_memory == 0.75 and HostHealth.from_json(host.to_json()) == host
     here = HostHealth.of_this(0, jax.local_devices())
-    assert here.device_memory is None and 0.05 < here.memory_gb < 100 and here.load >= 0
+    assert here.memory_gb and 0.05 < here.memory_gb < 100 and here.load is not None and here.device_memory is None
+    nothing = HostHealth.of_this(0, [], proc=tmp_path / "absent")
+    assert nothing.memory_gb is nothing.free_gb is None and "most memory" not in summary([nothing])
 
 
 def test_every_question_whether_to_stop_is_a_sign_of_work() -> None:
