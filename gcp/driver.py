@@ -63,8 +63,8 @@ class Launcher:
     _outage: float = 0.0
     # The last resource that the cloud took a request for.
     _asked_for: str = ""
-    # Since when each kind of call has been forbidden.
-    _forbidden: dict[str, float] = field(default_factory=dict)
+    # Since when each kind of call has been forbidden, for each resource.
+    _forbidden: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def drive(self, job: str) -> Record:
         """Runs until the job is over and no resource of it is left.
@@ -100,7 +100,7 @@ class Launcher:
                 self._forbid("bucket", known, str(error))
                 action = Wait(POLL)
             else:
-                self._forbidden.pop("bucket", None)
+                self._forbidden.pop(("bucket", known.resource), None)
             if isinstance(action, Wait) and action.seconds:
                 self.sleep(action.seconds)
 
@@ -187,7 +187,8 @@ class Launcher:
         Raises:
             OutOfSight: It has.
         """
-        if self.clock() - self._forbidden.setdefault(call, self.clock()) < PATIENCE:
+        key = call, stray.name if stray else record.resource
+        if self.clock() - self._forbidden.setdefault(key, self.clock()) < PATIENCE:
             return
         job, at = record.job, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.deadline))
         since = f"job {job.name} cannot be looked after, for {PATIENCE / 60:.0f} minutes now: {detail}"
@@ -212,7 +213,7 @@ class Launcher:
             if made and refused.reason is Refusal.BAD_REQUEST:
                 self._forbid("look", record, refused.detail)
             return Seen(unanswered=refused.reason, detail=refused.detail, made=made, outcome=outcome)
-        self._forbidden.pop("look", None)
+        self._forbidden.pop(("look", record.resource), None)
         heard, ended = None, False
         if resource is not None and resource.state is State.ACTIVE:
             found = self.objects.get(record.places.status(record.attempt))
@@ -249,7 +250,7 @@ class Launcher:
                     self._asked_for = record.resource
                 case Delete():
                     self.cloud.delete(record.zone, record.resource)
-                    self._forbidden.pop("delete", None)
+                    self._forbidden.pop(("delete", record.resource), None)
                 case Conclude():
                     ended = Outcome(kind=action.kind, detail=action.detail, at=self.clock())
                     records.conclude(self.objects, record, ended)
@@ -280,6 +281,7 @@ class Launcher:
                     if stray.state is not State.DELETING:
                         self.say(f"deleting {stray.name} in {zone}, which an earlier attempt left")
                         self.cloud.delete(zone, stray.name)
+                        self._forbidden.pop(("sweep", stray.name), None)
             except Refused as refused:
                 self.say(f"{zone}: {refused}")
                 if stray is not None and refused.reason is Refusal.BAD_REQUEST:

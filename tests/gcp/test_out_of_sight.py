@@ -9,7 +9,7 @@ from google.auth.exceptions import RefreshError
 
 from gcp import record as records
 from gcp import tpu
-from gcp.cloud import Refusal, Refused
+from gcp.cloud import Refusal, Refused, Resource, State
 from gcp.driver import PATIENCE, Launcher, OutOfSight
 from gcp.gcloud import GcloudCloud
 from gcp.objects import Unavailable
@@ -140,6 +140,18 @@ def test_a_vm_that_is_its_owners_is_named_and_no_command_deletes_it():
     with pytest.raises(OutOfSight, match="VM mine may still run it") as caught:
         launcher._forbid("look", record, "denied")
     assert "delete" not in str(caught.value)
+
+
+def test_what_was_refused_of_one_resource_is_not_held_against_another():
+    stage = Stage()
+    launcher, record = stage.launcher(), a_record(a_job(zones=("a",)), phase="asked", attempt=3)
+    first, second = (Resource(name=f"job-abc123-{n}", zone="a", state=State.ACTIVE) for n in (1, 2))
+    launcher._forbid("sweep", record, "denied", first)
+    stage.clock.sleep(2 * PATIENCE)
+    launcher._forbid("sweep", record, "denied", second)
+    launcher._forbid("delete", record.changed(attempt=4), "denied")
+    with pytest.raises(OutOfSight, match="job-abc123-1 in a may still run"):
+        launcher._forbid("sweep", record, "denied", first)
 
 
 def test_the_exit_code_of_a_job_that_is_out_of_sight(tmp_path, monkeypatch, capsys):
