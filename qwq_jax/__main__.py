@@ -21,6 +21,7 @@ from qwq_jax import __version__
 from qwq_jax.config.evaluate import EvaluateConfig, load_rewards, read_ks
 from qwq_jax.config.inference import CHAT_SAMPLING, InferenceConfig
 from qwq_jax.config.load import build, load_toml
+from qwq_jax.config.place import Place
 from qwq_jax.config.plan import Calibration, Prices, Provisioning
 from qwq_jax.config.preference import PreferenceConfig
 from qwq_jax.config.rl import RlConfig
@@ -67,7 +68,7 @@ def _place(context: typer.Context, given: bool) -> Any:
     return context.obj or given
 
 
-# A bool, or what `_place` makes of it: `runtime.start` takes both.
+# A flag for typer; what verbs get is what `_place` returns, and `runtime.start` takes both.
 Distributed = Annotated[
     bool, typer.Option("--distributed", callback=_place, help="Join the other processes of a multi-host run.")
 ]
@@ -133,7 +134,7 @@ def options(
     verb = context.command.commands.get(context.invoked_subcommand or "")
     if verb is not None and all(each.name != "distributed" for each in verb.params):
         raise ValueError(f"{verb.name} is done by one process: leave out --process-id and what belongs to it")
-    context.obj = given
+    context.obj = Place(coordinator_address, num_processes, process_id)
 
 
 @app.command(epilog="Example: `qwq-jax convert Qwen/QwQ-32B gs://bucket/qwq-32b`")

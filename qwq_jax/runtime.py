@@ -16,6 +16,7 @@ from typing import Any, Literal
 import jax
 from jax._src import distributed  # as `processes` takes it
 
+from qwq_jax.config.place import Place
 from qwq_jax.interrupt import Interrupted, StopRequested
 
 __all__ = [
@@ -41,14 +42,13 @@ _HEARTBEAT_SECONDS = 60
 _ABANDONED = ("Event loop is closed", "Encountered error while reading array index")
 
 
-def start(*, simulate_devices: int | None = None, distributed: bool | tuple[str, int, int] = False) -> None:
+def start(*, simulate_devices: int | None = None, distributed: bool | Place = False) -> None:
     """Prepares JAX: platform, processes, compile cache, log.
 
     Args:
         simulate_devices: Run on the CPU, as if it were this many devices.
-        distributed: Join the other processes of a multi-host run: where process 0 is (``HOST:PORT``), how many they
-            are, and which this one is. True: a TPU pod, GKE or Slurm know it, or the environment says it by
-            ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``.
+        distributed: Join the other processes of a multi-host run. True: a TPU pod, GKE or Slurm know which they are, or
+            the environment says it by ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``.
 
     Raises:
         ValueError: The processes or the devices cannot be set up as asked.
@@ -56,7 +56,7 @@ def start(*, simulate_devices: int | None = None, distributed: bool | tuple[str,
     if simulate_devices is not None:
         _simulate(simulate_devices)
     if distributed:
-        _join_processes(*(_named_processes() if distributed is True else distributed))
+        _join_processes(_named_place() if distributed is True else distributed)
     elif simulate_devices is None and not os.environ.get("JAX_PLATFORMS") and tpu_is_only_compiled_for():
         jax.config.update("jax_platforms", "cpu")
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -164,8 +164,8 @@ def _simulate(devices: int) -> None:
             raise ValueError(f"--simulate-devices {devices}: JAX has already started with other devices") from None
 
 
-def _named_processes() -> tuple[str | None, int | None, int | None]:
-    """Where process 0 is, how many there are and which this one is, as far as the environment says."""
+def _named_place() -> Place:
+    """As far as the environment says."""
     address, count, index = (
         os.environ.get(name) for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     )
@@ -174,19 +174,19 @@ def _named_processes() -> tuple[str | None, int | None, int | None]:
     for name, value in (("JAX_NUM_PROCESSES", count), ("JAX_PROCESS_ID", index)):
         if value is not None and not value.isdecimal():
             raise ValueError(f"{name} {value!r} is not a number")
-    return address, None if count is None else int(count), None if index is None else int(index)
+    return Place(address, None if count is None else int(count), None if index is None else int(index))
 
 
-def _join_processes(address: str | None, count: int | None, index: int | None) -> None:
-    if address is not None and not re.search(r":\d+$", address):
-        raise ValueError(f"the address of process 0, {address!r}, is not of the form HOST:PORT")
+def _join_processes(place: Place) -> None:
+    if place.address is not None and not re.search(r":\d+$", place.address):
+        raise ValueError(f"the address of process 0, {place.address!r}, is not of the form HOST:PORT")
     # Jobs note SIGTERM themselves; JAX's own notice would swallow one that comes before.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
-            coordinator_address=address,
-            num_processes=count,
-            process_id=index,
+            coordinator_address=place.address,
+            num_processes=place.count,
+            process_id=place.index,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
         )
     except ValueError as error:

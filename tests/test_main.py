@@ -10,6 +10,7 @@ from qwq_jax import __version__
 from qwq_jax.config.engine import EngineConfig
 from qwq_jax.config.inference import CHAT_SAMPLING
 from qwq_jax.config.mesh import MeshConfig
+from qwq_jax.config.place import Place
 from qwq_jax.config.sampling import SamplingParams
 from qwq_jax.interrupt import Interrupted
 
@@ -107,14 +108,15 @@ def test_who_names_its_processes_joins_them(job, monkeypatch):
     assert command_line.main(["convert", "a", "b", "--distributed"]) == 0
     assert command_line.main(["convert", "a", "b"]) == 0
     assert [options["together"] for _, options in calls] == [True, True, False]
-    assert started == [("host-0:8476", 4, 3), True, False]
+    assert started == [Place("host-0:8476", 4, 3), True, False]
 
 
 def test_the_processes_that_were_named_meet():
     """The first alone: JAX lets it begin when it is the only one."""
     code = """
 from qwq_jax import runtime
-runtime.start(simulate_devices=1, distributed=("localhost:PORT", 1, 0))
+from qwq_jax.config.place import Place
+runtime.start(simulate_devices=1, distributed=Place("localhost:PORT", 1, 0))
 import jax
 print(jax.process_count(), jax.distributed.is_initialized())
 """

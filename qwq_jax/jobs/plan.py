@@ -24,7 +24,7 @@ from qwq_jax.jobs.plan_job import (
     trained_so,
     way_of,
 )
-from qwq_jax.jobs.plan_refusals import no_cache_fits, no_engine_fits, no_training_fits, relief
+from qwq_jax.jobs.plan_refusals import Device, no_engine_fits, no_training_fits, relief
 from qwq_jax.jobs.plan_times import parts_of
 from qwq_jax.plan.chips import GB, USUAL_TOPOLOGIES, Topology, parse_topology
 from qwq_jax.plan.compiler import Request, answer_all, compilers, is_kept
@@ -35,8 +35,10 @@ from qwq_jax.plan.result import TopologyPlan
 from qwq_jax.plan.search import (
     TrainChoice,
     all_train_choices,
+    by_speed,
     engine_choices,
     engine_speed,
+    fits,
     train_choice,
     train_choices,
 )
@@ -239,7 +241,8 @@ def _like_its_own(job: Job, topology: Topology, usable: int) -> list[TrainChoice
     trained, own = trained_of(job), way_of(job)
     found = train_choices(trained, topology, usable=usable, remat=(own.remat,))
     found = found or train_choices(trained, topology, usable=usable)
-    return [replace(choice, way=choice.way.with_total(own.total_rows)) for choice in found]
+    kept = [train_choice(trained, topology, choice.way.with_total(own.total_rows)) for choice in found]
+    return by_speed(each if fits(each, usable) else choice for each, choice in zip(kept, found, strict=True))
 
 
 def _first_arranged(job: Job, choices: Sequence[TrainChoice], decode: MeshConfig | None) -> tuple[Job, tuple[str, ...]]:
@@ -272,19 +275,19 @@ def _counted(case: _Case, arrays: Mapping[str, Any]) -> _Case:
     there = sum(arrays["held"].values()) + arrays["engine"]["engine's weights"]
     left = arrays["usable"] - there
 
-    def refused(what: str, needed: int, room: float) -> str:
-        return no_cache_fits((case.job, case.topology), (there, case.usable), what, needed, room)
-
+    device = Device(case.job.name, case.topology.name, there, case.usable)
     pages = engine.num_pages
     if pages is None:
         wanted = engine.max_sequences * -(-longest // engine.page_size)
         pages = min(wanted, int(CACHE_SHARE * left) // page if left > 0 else 0)
         if pages * engine.page_size < longest:
             needed = -(-longest // engine.page_size) * page
-            return replace(case, problem=refused(f"one sequence of {longest:,} tokens", needed, needed / CACHE_SHARE))
+            return replace(
+                case, problem=device.refused(f"one sequence of {longest:,} tokens", needed, needed / CACHE_SHARE)
+            )
         case = replace(case, job=case.job.with_engine(num_pages=pages))
     elif (needed := pages * page) > left:
-        problem = refused(f"engine.num_pages = {pages:,}", needed, needed)
+        problem = device.refused(f"engine.num_pages = {pages:,}", needed, needed)
         return replace(case, problem=f"{problem}; {max(left, 0) // page:,} pages would fit")
     sizes = {**arrays["engine"], "key-value cache": pages * page}
     return replace(case, arrays={**arrays, "engine": sizes})
@@ -319,16 +322,9 @@ def _live_rows(case: _Case) -> int:
 
 def _planned(case: _Case, found: Mapping[str, dict[str, Any]], options: PlanOptions) -> TopologyPlan:
     mesh, decode = case.job.meshes
+    bare = TopologyPlan(case.topology, case.job.kind, mesh, decode, case.settings)
     if case.problem is not None:
-        return TopologyPlan(
-            case.topology,
-            case.job.kind,
-            mesh,
-            decode,
-            case.settings,
-            problems=(case.problem,),
-            advice=_advice(case, {}),
-        )
+        return replace(bare, problems=(case.problem,), advice=_advice(case, {}))
     arrays = case.arrays
     assert arrays is not None
     problems = [
@@ -338,7 +334,7 @@ def _planned(case: _Case, found: Mapping[str, dict[str, Any]], options: PlanOpti
         if "used" in answer
     ]
     if problems:
-        return TopologyPlan(case.topology, case.job.kind, mesh, decode, case.settings, problems=tuple(problems))
+        return replace(bare, problems=tuple(problems), advice=_advice(case, {}))
     programs = {name: ProgramCost.from_json(answer) for name, answer in found.items()}
     for name in {"step", "update"} & programs.keys():
         # Without a separate program for gradients they are as large as the weights, a third of the state beside them.
@@ -370,9 +366,7 @@ def _planned(case: _Case, found: Mapping[str, dict[str, Any]], options: PlanOpti
         if "run_seconds" in facts:
             facts["price_of_run"] = hourly * facts["run_seconds"] / 3600
     advice = _advice(case, {} if problems else facts)
-    return TopologyPlan(
-        case.topology, case.job.kind, mesh, decode, case.settings, memory, tuple(problems), parts, facts, advice
-    )
+    return replace(bare, memory=memory, problems=tuple(problems), parts=parts, facts=facts, advice=advice)
 
 
 def _room(case: _Case, memory: Memory) -> dict[str, float]:
@@ -398,27 +392,35 @@ def _room(case: _Case, memory: Memory) -> dict[str, float]:
 
 
 def _advice(case: _Case, facts: Mapping[str, float]) -> tuple[str, ...]:
-    """Settings that are estimated to be faster by a tenth at least, or to fit where the job does not."""
+    """Settings that are estimated to be faster by a tenth at least, or, without `facts` of its own, to fit."""
+    return _engine_advice(case, facts) if case.job.kind == "inference" else _train_advice(case, facts)
+
+
+def _engine_advice(case: _Case, facts: Mapping[str, float]) -> tuple[str, ...]:
     job, topology = case.job, case.topology
-    if job.kind == "inference":
-        choices = engine_choices(job.model, topology, job.workload, usable=case.usable, engine=engine_of(job))
-        if not choices or not facts:
-            return tuple(choices[0].settings) if choices else ()
+    engine = engine_of(job)
+    formats = engine.weights, engine.cache_dtype or "bfloat16"
+    choices = engine_choices(job.model, topology, job.workload, usable=case.usable, engine=engine)
+    if facts:
         # An estimate is compared with an estimate: the forms leave out what a compiled program also does.
-        engine = engine_of(job)
-        formats = engine.weights, engine.cache_dtype or "bfloat16"
         own = engine_speed(job.model, topology, job.workload, (job.config.mesh, _live_rows(case)), formats)
-        return tuple(choices[0].settings) if choices[0].tokens_per_second > 1.1 * own else ()
-    own = train_choice(trained_of(job), topology, way_of(job)).row_seconds
-    choices = [
-        choice
-        for choice in all_train_choices(trained_of(job), topology, usable=case.usable)
-        if not facts or own >= 1.1 * choice.row_seconds
-    ]
-    if not choices:
-        return ()
+        choices = [choice for choice in choices if choice.tokens_per_second > 1.1 * own]
+    present = job.config.mesh, engine.max_sequences, *formats
+    others = (choice for choice in choices if (choice.mesh, choice.rows, choice.weights, choice.cache_dtype) != present)
+    return tuple(best.settings) if (best := next(others, None)) else ()
+
+
+def _train_advice(case: _Case, facts: Mapping[str, float]) -> tuple[str, ...]:
+    job, topology = case.job, case.topology
+    trained, present = trained_of(job), way_of(job)
+    choices = [choice for choice in all_train_choices(trained, topology, usable=case.usable) if choice.way != present]
+    if facts:
+        own = train_choice(trained, topology, present).row_seconds
+        choices = [choice for choice in choices if own > 1.1 * choice.row_seconds]
     decode = job.config.decode_mesh or job.config.mesh if job.kind == "rl" else None
+    if decode is not None and decode.size != topology.devices:
+        decode = _decode_mesh(job, topology, case.usable)
     try:
-        return _first_arranged(job, choices, decode)[1]
+        return _first_arranged(job, choices, decode)[1] if choices else ()
     except ValueError:  # no way that would do divides the batch
         return ()

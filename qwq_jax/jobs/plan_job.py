@@ -216,8 +216,14 @@ def trained_so(job: Job, way: TrainWay, decode: MeshConfig | None) -> tuple[Job,
         words += [f"decode_mesh.{axis}={size}" for axis, size in decode.model_dump().items()]
         if job.config.rows_per_micro_batch != way.total_rows:
             words.append(f"rows_per_micro_batch={way.total_rows}")
-    elif (parts := max(1, job.config.rows_per_step // way.total_rows)) != job.config.accumulation:
-        words.append(f"accumulation={parts}")
+    else:
+        parts, left = divmod(job.config.rows_per_step, way.total_rows)
+        if left:
+            raise ValueError(
+                f"rows_per_step {job.config.rows_per_step} does not divide into micro-batches of {way.total_rows} rows"
+            )
+        if parts != job.config.accumulation:
+            words.append(f"accumulation={parts}")
     return changed(job, words), tuple(words)
 
 

@@ -1,6 +1,7 @@
 """Why a job does not fit a slice: what is short by how much, and what would fit."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from qwq_jax.config.engine import CACHE_SHARE
 from qwq_jax.jobs.plan_job import Job, engine_of, trained_of
@@ -26,9 +27,10 @@ def no_engine_fits(job: Job, topology: Topology, usable: int, wanted: tuple[str 
     held = weight_bytes(job.model, weights, tensor)
     one = longest * token_bytes(job.model, cache, tensor)
     short = held + one / CACHE_SHARE - usable
+    assert short > 0, "the widest axis leaves the most room"
 
-    def choices(slice: Topology) -> list[str]:
-        found = engine_choices(job.model, slice, job.workload, usable=usable, engine=engine_of(job))
+    def choices(where: Topology) -> list[str]:
+        found = engine_choices(job.model, where, job.workload, usable=usable, engine=engine_of(job))
         return found[0].settings if found else []
 
     settings = choices(topology)
@@ -47,32 +49,39 @@ def no_engine_fits(job: Job, topology: Topology, usable: int, wanted: tuple[str 
 def no_training_fits(job: Job, topology: Topology, usable: int) -> str:
     """A job of training of which no mesh of a slice holds the state and a row."""
     state = (2 if job.config.lora is not None else 16) * job.model.num_parameters
-    have = usable * topology.devices
+    have = usable * topology.devices // topology.slices  # each slice has all of it
     short = f"short by {(state - have) / GB:.1f} GB" if state > have else "without room for a row's activations"
     would = _larger(topology, lambda other: bool(train_choices(trained_of(job), other, usable=usable)))
     return (
         f"{job.name} does not fit {topology.name}: weights, moments and gradients are {state / GB:.1f} GB and all "
-        f"devices have {have / GB:.1f} GB, {short}; {would}"
+        f"devices{' of a slice' if topology.slices > 1 else ''} have {have / GB:.1f} GB, {short}; {would}"
     )
 
 
-def no_cache_fits(where: tuple[Job, Topology], bytes: tuple[int, int], what: str, needed: int, room: float) -> str:
-    """A cache for which a device has less than the `room`.
+@dataclass(frozen=True)
+class Device:
+    """What a device of a slice has for the cache of a job.
 
-    Args:
-        where: The job and the slice.
-        bytes: Of the weights on a device, and what it has.
-        what: Of which cache.
-        needed: Its bytes.
-        room: Those that it asks for.
+    Attributes:
+        job: The job's name.
+        topology: The slice's.
+        held: Bytes of the weights on it.
+        usable: Bytes that it has.
     """
-    (job, topology), (there, usable) = where, bytes
-    left = usable - there
-    return (
-        f"{job.name} does not fit {topology.name}: beside {there / GB:.1f} GB of weights a device has "
-        f"{max(left, 0) / GB:.1f} of its {usable / GB:.1f} GB left, and the cache of {what} needs "
-        f"{needed / GB:.1f} GB: short by {(room - left) / GB:.1f} GB"
-    )
+
+    job: str
+    topology: str
+    held: int
+    usable: int
+
+    def refused(self, cache: str, needed: int, room: float) -> str:
+        """Why it does not take a cache of `needed` bytes, which asks for so much room."""
+        left = self.usable - self.held
+        return (
+            f"{self.job} does not fit {self.topology}: beside {self.held / GB:.1f} GB of weights a device has "
+            f"{max(left, 0) / GB:.1f} of its {self.usable / GB:.1f} GB left, and the cache of {cache} needs "
+            f"{needed / GB:.1f} GB: short by {(room - left) / GB:.1f} GB"
+        )
 
 
 def relief(job: Job, name: str) -> str:

@@ -157,7 +157,7 @@ def _crossings(kind: str, members: int) -> float:
 def _slices(exchange: Collective, topology: Topology) -> int:
     """How many slices the members of a group lie in: the outermost axis of a mesh goes over them."""
     in_slice = topology.devices // topology.slices
-    return min(topology.slices, max(1, exchange.group * exchange.stride // in_slice))
+    return min(topology.slices, exchange.group, max(1, exchange.group * exchange.stride // in_slice))
 
 
 def _bandwidth(topology: Topology, chips: int) -> float:

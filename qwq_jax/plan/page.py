@@ -54,7 +54,8 @@ tokens on average. Bytes and times are those of one device.</p>
 <h2>{{ each.topology }}</h2>
 {% for problem in each.problems %}<p class="bad">{{ problem }}</p>{% endfor %}
 {% if each.settings %}<p>With <code>--set {{ each.settings | join(" --set ") }}</code></p>{% endif %}
-{% if each.advice %}<p>Faster by estimate: <code>--set {{ each.advice | join(" --set ") }}</code></p>{% endif %}
+{% if each.advice %}<p>{{ "Fits" if each.problems else "Faster" }} by estimate:
+<code>--set {{ each.advice | join(" --set ") }}</code></p>{% endif %}
 {% for phase in each.phases %}<h3>Memory: {{ phase.name }}, {{ phase.total }} of {{ phase.usable }} GB</h3>
 {{ bar(phase.pieces) }}{% endfor %}
 {% if each.time %}<h3>Time of a step, {{ each.time_total }}</h3>{{ bar(each.time) }}{% endif %}

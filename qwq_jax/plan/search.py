@@ -5,7 +5,7 @@ candidates; the figures that are reported are a compiler's.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from qwq_jax.config.engine import CACHE_SHARE, EngineConfig
@@ -63,23 +63,24 @@ def tensor_sizes(model: ModelConfig, devices: int) -> list[int]:
 
 
 def weight_bytes(model: ModelConfig, weights: str | None, tensor: int) -> float:
-    """Of the weights of an engine on one device: projections quantised or bfloat16, the rest bfloat16."""
+    """Of the weights of an engine on one device: what its format does not quantise is bfloat16."""
     projections = model.num_layers * (
         2 * model.hidden_size * (model.num_heads + model.num_kv_heads) * model.head_dim
         + 3 * model.hidden_size * model.intermediate_size
     )
     format = None if weights is None else parse_weights(weights)
     each = 2.0 if format is None else format.bits / 8 + (4.0 / format.group if format.group else 0.0)
-    rest = (1 if model.tie_word_embeddings else 2) * model.vocab_size * model.hidden_size
+    embedding = 2.0 * model.vocab_size * model.hidden_size
+    head = 0.0 if model.tie_word_embeddings else embedding / (2.0 if format is not None and format.head else 1.0)
     split = tensor if model.vocab_size % tensor == 0 else 1
-    return projections * each / tensor + rest * 2.0 / split
+    return projections * each / tensor + (embedding + head) / split
 
 
 def token_bytes(model: ModelConfig, cache_dtype: str, tensor: int) -> float:
-    """Of one token's keys and values of all layers on one device; 8-bit ones have a float32 scale a head."""
+    """Of one token's keys and values of all layers on one device; those of 8 bits have a float32 scale a head."""
     heads = math.lcm(model.num_kv_heads, tensor) / tensor
     width = -(-model.head_dim // 128) * 128
-    each = width * 2.0 if cache_dtype == "bfloat16" else width + 4.0
+    each = width * {"float32": 4.0, "bfloat16": 2.0}.get(cache_dtype, 1.0 + 4.0 / width)
     return 2.0 * model.num_layers * heads * each
 
 
@@ -88,22 +89,25 @@ def engine_choices(
 ) -> list[EngineChoice]:
     """What fits, the fastest first; `engine` says what is not up for choice."""
     longest = min(engine.max_context or model.max_context, model.max_context)
+    # 8-bit products take 8-bit weights.
+    formats = {engine.weights} if engine.activations else {engine.weights, None, "int8", "int4"}
+    caches = {engine.cache_dtype or "bfloat16", "bfloat16", topology.chip.cache_dtype}
     found = []
     for tensor in tensor_sizes(model, topology.devices // topology.slices):
-        for weights in (None, "int8", "int4"):
-            for cache_dtype in ("bfloat16", topology.chip.cache_dtype):
+        for weights in formats:
+            for cache_dtype in caches:
                 left = CACHE_SHARE * (usable - weight_bytes(model, weights, tensor))
                 tokens = left / token_bytes(model, cache_dtype, tensor)
                 if tokens < longest:
                     continue
-                fitting = min(_MOST_ROWS, int(tokens / (workload.prompt_tokens + workload.completion_tokens)))
-                if fitting < 1:
-                    continue
+                mean = min(longest, workload.prompt_tokens + workload.completion_tokens)
+                fitting = min(_MOST_ROWS, int(tokens / mean))
                 rows = 1 << (fitting.bit_length() - 1)
                 mesh = MeshConfig(data=topology.devices // tensor, tensor=tensor)
                 speed = engine_speed(model, topology, workload, (mesh, rows), (weights, cache_dtype))
                 found.append(EngineChoice(mesh, weights, cache_dtype, rows, speed))
-    return sorted(found, key=lambda choice: -choice.tokens_per_second)
+    # Sets have no order: of equal ones the first by name.
+    return sorted(found, key=lambda choice: (-choice.tokens_per_second, *choice.settings))
 
 
 def engine_speed(
@@ -205,11 +209,18 @@ def train_choices(
     ways = (
         TrainWay(mesh, again, count) for mesh in _train_meshes(trained, topology) for again in remat for count in rows
     )
-    found = [train_choice(trained, topology, way) for way in ways]
-    return sorted(
-        (choice for choice in found if choice.bytes_needed < _FILLED * usable),
-        key=lambda choice: (choice.row_seconds, choice.bytes_needed),
-    )
+    found = (train_choice(trained, topology, way) for way in ways)
+    return by_speed(choice for choice in found if fits(choice, usable))
+
+
+def fits(choice: TrainChoice, usable: int) -> bool:
+    """Whether a device of so many bytes holds it, by estimate."""
+    return choice.bytes_needed < _FILLED * usable
+
+
+def by_speed(choices: Iterable[TrainChoice]) -> list[TrainChoice]:
+    """The one with the least time a row first, of equal ones that with the fewest bytes."""
+    return sorted(choices, key=lambda choice: (choice.row_seconds, choice.bytes_needed))
 
 
 def all_train_choices(trained: Trained, topology: Topology, *, usable: int) -> list[TrainChoice]:

@@ -30,7 +30,8 @@ def show(
             console.print(_memory(plan))
             console.print(_times(plan))
         if plan.advice:
-            console.print(f"{plan.topology.name}: faster by estimate: --set {' --set '.join(plan.advice)}")
+            better = "faster" if plan.fits else "fits"
+            console.print(f"{plan.topology.name}: {better} by estimate: --set {' --set '.join(plan.advice)}")
     chips = sorted({plan.topology.chip.name for plan in plans})
     if unpriced := [f"{chip}.{provisioning}" for chip in chips if prices.of(chip, provisioning) is None]:
         console.print(f"No cost: --prices names no chip_hour of {', '.join(unpriced)}.", highlight=False)

@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 
 from qwq_jax.__main__ import main
+from qwq_jax.config.load import load_toml
+from qwq_jax.config.mesh import MeshConfig
+from qwq_jax.config.model import ModelConfig
 from qwq_jax.jobs import plan as job
 from qwq_jax.jobs.plan_job import read_job
 from qwq_jax.jobs.plan_worker import described_devices
 from qwq_jax.plan.chips import CHIPS, GB, parse_topology
 from qwq_jax.plan.compiler import Request
+from qwq_jax.plan.search import Trained, TrainWay, train_choice
 
 QWQ = "configs/models/qwq-32b.toml"
 INFERENCE = "configs/inference/qwq_32b.toml"
@@ -142,6 +146,32 @@ def test_a_program_that_is_too_large_says_by_how_much(capsys: pytest.CaptureFixt
     assert run(*recipe, "--set", "rows_per_micro_batch=128") == 2
     text = " ".join(capsys.readouterr().out.split())
     assert "gradient needs 120.00 GB of the 102.80 GB of a device, 17.20 GB too much; lower rows_per_micro" in text
+    assert "v5p:4x4x4: fits by estimate: --set mesh.data=1" in text
+
+
+def test_rows_that_a_micro_batch_has_fit_where_others_would(compiler: list[Request]) -> None:
+    words = ("--model", QWQ, "--topology", "v6e:8x16", "--set", "rows_per_micro_batch=256")
+    run("configs/rl/qwq_32b_stage1_v6e.toml", *words)
+    config = next(request.job["config"] for request in compiler if request.task == "gradient")
+    mesh = config["mesh"]
+    way = TrainWay(MeshConfig(**mesh), config["remat"], config["rows_per_micro_batch"] // (mesh["data"] * mesh["fsdp"]))
+    trained = Trained(load_toml(Path(QWQ), ModelConfig), 22_528)
+    assert train_choice(trained, parse_topology("v6e:8x16"), way).bytes_needed < USABLE["v6e"] * GB
+
+
+def test_several_slices_have_the_state_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("configs/sft/qwq_32b_sft.toml", "--model", QWQ, "--topology", "2*v5e:4x4") == 2
+    text = " ".join(capsys.readouterr().out.split())
+    assert "524.2 GB and all devices of a slice have 270.4 GB, short by 253.8 GB; v5e:" in text
+
+
+def test_advice_is_never_what_the_job_has(compiler: list[Request], capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = ("configs/rl/qwq_32b_stage1.toml", "--model", QWQ, "--topology", "v5p:4x4x4")
+    assert run(*recipe, "--set", "rows_per_micro_batch=128") == 2
+    first = capsys.readouterr().out
+    advice = first.partition("fits by estimate: ")[2].split("No cost")[0].split()
+    assert advice and run(*recipe, *advice) in (0, 2)
+    assert " ".join(advice) not in " ".join(capsys.readouterr().out.split())
 
 
 def test_reinforcement_learning_adds_up(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_tensor_sizes_are_those_that_a_layout_accepts() -> None:
         decode_layout(make_mesh(MeshConfig(tensor=size))).kv_copies(QWQ.num_heads, QWQ.num_kv_heads)
 
 
-@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+@pytest.mark.parametrize("weights", [None, "int8", "int4", "int8-head"])
 @pytest.mark.parametrize("tensor", [1, 8])
 def test_bytes_of_weights_are_those_of_the_model(weights: str | None, tensor: int) -> None:
     """But for norms, biases and the scales of 8 bits, which are less than a part in two hundred."""
@@ -54,7 +54,7 @@ def test_bytes_of_weights_are_those_of_the_model(weights: str | None, tensor: in
     assert weight_bytes(QWQ, weights, tensor) == pytest.approx(total, rel=5e-3)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float8_e5m2"])
 @pytest.mark.parametrize("tensor", [1, 4, 8])
 def test_bytes_of_a_token_are_those_of_the_cache(dtype: str, tensor: int) -> None:
     layout = decode_layout(make_mesh(MeshConfig(tensor=tensor)))
@@ -114,6 +114,23 @@ def test_a_micro_batch_keeps_its_rows_where_they_divide() -> None:
     way = TrainWay(MeshConfig(data=2, fsdp=4))
     assert (way.with_total(32).rows, way.with_total(32).total_rows) == (4, 32)
     assert way.with_total(12) == way
+
+
+@pytest.mark.parametrize("weights", ["int4-g64", "int8-head"])
+@pytest.mark.parametrize("cache", ["float32", "float8_e5m2"])
+def test_what_the_user_chose_is_among_the_choices(weights: str, cache: str) -> None:
+    engine = EngineConfig(max_context=16384, weights=weights, cache_dtype=cache)  # pyright: ignore[reportArgumentType]
+    slices, usable = parse_topology("v5e:4x4"), int(16.9 * GB)
+    found = engine_choices(QWQ, slices, Workload(), usable=usable, engine=engine)
+    assert (weights, cache) in {(choice.weights, choice.cache_dtype) for choice in found}
+    eight = engine.model_copy(update={"weights": "int8", "activations": "int8"})
+    found = engine_choices(QWQ, slices, Workload(), usable=usable, engine=eight)
+    assert {choice.weights for choice in found} == {"int8"}, "8-bit products need them"
+
+
+def test_a_group_of_an_exchange_lies_in_no_more_slices_than_it_has_members() -> None:
+    mesh = MeshConfig(fsdp=2, context=4, tensor=8)  # of another slice than this one
+    assert train_choice(Trained(QWQ, 4096), parse_topology("4*v5e:2x4"), TrainWay(mesh)).seconds > 0
 
 
 def test_long_rows_are_shared_where_heads_are_not_enough() -> None:
