@@ -16,6 +16,7 @@ Verb = Literal["generate", "sft", "rl", "dpo", "reward-model", "eval", "convert"
 
 # Google allows 63 characters in the name of a resource; we append a run and an attempt.
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
+_REGION = re.compile(r"[a-z]+-[a-z]+\d+")
 _BUCKET = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,220}")
 
 
@@ -65,13 +66,13 @@ class JobSpec(Frozen):
     zones: tuple[str, ...] = Field(min_length=1)
     provisioning: Provisioning = "on-demand"
     reservation: str | None = None
-    vm: str | None = None
+    vm: str | None = Field(default=None, min_length=1)
     runtime_version: str | None = None
     service_account: str | None = None
     network: str | None = None
     subnetwork: str | None = None
     external_ips: bool = True
-    deadline_hours: float = Field(gt=0)
+    deadline_hours: float = Field(gt=0, le=8760)
     idle_minutes: float = Field(default=60, gt=0)
     wait_minutes: float = Field(default=120, gt=0)
     boot_minutes: float = Field(default=30, gt=0)
@@ -103,6 +104,10 @@ class JobSpec(Frozen):
             )
         if not _BUCKET.fullmatch(self.bucket):
             raise ValueError(f"bucket {self.bucket!r}: expected gs://BUCKET, without a directory")
+        if region := next((zone for zone in self.zones if _REGION.fullmatch(zone)), None):
+            raise ValueError(f"zones: {region} is a region; expected one of its zones, such as {region}-b")
+        if len(set(self.zones)) < len(self.zones):
+            raise ValueError("zones: one is named twice; each is tried again and again anyway")
         if self.hosts > 1 and self.verb not in DISTRIBUTED:
             raise ValueError(f"verb {self.verb} runs on one host, and topology {self.topology} has {self.hosts}")
         for field in ("files", "results"):

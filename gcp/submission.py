@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from gcp import arguments, staging
 from gcp import record as records
-from gcp import staging
 from gcp.job import JobSpec
 from gcp.objects import Conflict, Objects
 from gcp.record import Record, Saved
@@ -47,12 +47,27 @@ def check(job: JobSpec, working_directory: Path, *, client: str | None = None) -
     if client is not None:
         _check_client(job, client)
     files = staging.read_files(job.files, working_directory)
+    # GKE and a VM that exists may have disks of their own.
+    mounts = client is None or job.vm is not None
+    outputs = list(arguments.outputs_of(job))
     if (config := _CONFIGS.get(job.verb)) is not None:
         if not job.arguments or job.arguments[0].startswith("-"):
             raise ValueError(f"arguments: {job.verb} needs its TOML file as the first one")
-        settings = load_toml(working_directory / job.arguments[0], config, _overrides(job.arguments))
-        # GKE and a VM that exists may have disks of their own.
-        _check_settings(settings.model_dump(mode="json"), job, mounts=client is None or job.vm is not None)
+        overrides = list(arguments.values(job.arguments, "--set"))
+        settings: Any = load_toml(working_directory / job.arguments[0], config, overrides)
+        _check_settings(settings.model_dump(mode="json"), job, mounts=mounts)
+        arguments.check_mesh(job, settings.mesh)
+        outputs.append(settings.output_dir)
+        if not mounts:
+            arguments.check_common(job, settings.output_dir)
+    elif job.verb in ("generate", "eval"):
+        mesh = arguments.inference_mesh(job)
+        arguments.check_mesh(job, mesh)
+        if not mounts:
+            arguments.check_shared(job, mesh)
+    if not mounts:
+        arguments.check_inputs(job)
+        arguments.check_outputs(job, outputs)
     for index, argument in enumerate(job.arguments):
         if job.verb == "eval" and argument == "--rewards" and index + 1 < len(job.arguments):
             load_rewards(working_directory / job.arguments[index + 1])
@@ -163,7 +178,3 @@ def _same(record: Record, job: JobSpec, files: dict[str, bytes]) -> None:
         )
     if changed:
         raise ValueError(f"job {job.name} is over, and had another {', '.join(changed)}: submit it with --again")
-
-
-def _overrides(arguments: tuple[str, ...]) -> list[str]:
-    return [value for option, value in zip(arguments, arguments[1:], strict=False) if option == "--set"]

@@ -128,8 +128,6 @@ def options(
         return
     if num_processes is None or process_id is None or coordinator_address is None:
         raise ValueError("--coordinator-address, --num-processes and --process-id go together")
-    if process_id >= num_processes:
-        raise ValueError(f"--process-id {process_id} is none of {num_processes} processes, which count from 0")
     assert isinstance(context.command, TyperGroup)
     verb = context.command.commands.get(context.invoked_subcommand or "")
     if verb is not None and all(each.name != "distributed" for each in verb.params):
@@ -433,10 +431,12 @@ def plan(
         search,
         provisioning,
     )
+    if output is not None and output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output}: expected a directory, and this is a file")
     lengths = (prompt_tokens, completion_tokens)
     asked = read_job(config, overrides or (), model=model, reward_model=reward_model, lengths=lengths)
-    if not all(each.fits for each in job.plan(asked, options)):
-        raise ValueError(f"{config.name} does not fit every topology asked for; see above")
+    if missing := [each.topology.name for each in job.plan(asked, options) if not each.fits]:
+        raise ValueError(f"{config.name} does not fit {', '.join(missing)}; see above")
 
 
 @app.command(epilog="Example: `qwq-jax demo --output out/demo`")

@@ -32,6 +32,7 @@ __all__ = [
     "start",
 ]
 
+LOG = logging.getLogger(__name__)
 _DEVICE_COUNT_FLAG = re.compile(r"--xla_force_host_platform_device_count=\d+\s*")
 _TPU_FLAGS = "LIBTPU_INIT_ARGS"
 # Faster compilations are cheaper to repeat than to look up.
@@ -178,8 +179,15 @@ def _named_place() -> Place:
 
 
 def _join_processes(place: Place) -> None:
-    if place.address is not None and not re.search(r":\d+$", place.address):
-        raise ValueError(f"the address of process 0, {place.address!r}, is not of the form HOST:PORT")
+    if place.address is not None:
+        port = re.search(r"[^:]:(\d{1,5})$", place.address)
+        if port is None or not 0 < int(port[1]) < 65536:
+            raise ValueError(f"the address of process 0, {place.address!r}, is not of the form HOST:PORT")
+    if place.count is not None and place.index is not None and place.index >= place.count:
+        raise ValueError(f"process {place.index} is none of {place.count} processes, which count from 0")
+    log_to_stderr()
+    if place.address is not None:
+        LOG.info("process %s of %s waits for the others at %s", place.index, place.count, place.address)
     # Jobs note SIGTERM themselves; JAX's own notice would swallow one that comes before.
     jax.config.update("jax_enable_preemption_service", False)
     try:

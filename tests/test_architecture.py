@@ -298,6 +298,7 @@ GCP_LAYERS = {
     "manifest": 3,
     "xpk": 3,
     "kueue": 4,
+    "arguments": 2,
     "submission": 4,
     "driver": 4,
     "rehearsal": 4,

@@ -132,7 +132,10 @@ print(jax.process_count(), jax.distributed.is_initialized())
     ("words", "sentence"),
     [
         ([*PLACE[:4], "convert", "a", "b"], "--coordinator-address, --num-processes and --process-id go together"),
-        ([*PLACE[:4], "--process-id", "4", "convert", "a", "b"], "--process-id 4 is none of 4 processes"),
+        (
+            [*PLACE[:4], "--process-id", "4", "convert", "a", "b"],
+            "process 4 is none of 4 processes, which count from 0",
+        ),
         ([*PLACE, "export", "a", "b"], "export is done by one process: leave out --process-id"),
     ],
 )

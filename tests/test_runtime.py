@@ -74,9 +74,10 @@ def test_processes_that_nobody_named_are_asked_for_by_the_variables_names():
 
 
 def test_a_coordinator_without_a_port_is_refused(monkeypatch):
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host-0")
-    with pytest.raises(ValueError, match="process 0, 'host-0', is not of the form HOST:PORT"):
-        runtime.start(distributed=True)
+    for address in ("host-0", "host-0:99999", ":80"):
+        monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", address)
+        with pytest.raises(ValueError, match=f"process 0, '{address}', is not of the form HOST:PORT"):
+            runtime.start(distributed=True)
 
 
 def test_cpu_computes_in_float32():

@@ -120,7 +120,7 @@ def test_a_slice_that_is_too_small_is_refused_with_what_is_short(capsys: pytest.
     assert "does not fit v5e:2x2" in text and "--set engine.weights=int" in text, "it says what would fit"
     # 65.5 GB of weights over 4 devices, and what a cache is that has a ninth more than one sequence.
     assert "weights take 16.4 GB of each and one sequence of 16,384 tokens 1.1 GB, of 16.9 GB: short by 0.7 GB" in text
-    assert printed.err.startswith("error: qwq_32b.toml does not fit every topology asked for")
+    assert printed.err.startswith("error: qwq_32b.toml does not fit v5e:2x2; see above")
 
 
 def test_what_no_type_makes_fit_is_told_which_slice_would_do(capsys: pytest.CaptureFixture[str]) -> None:
@@ -298,6 +298,10 @@ def test_a_slice_that_the_compiler_does_not_know_is_one_sentence() -> None:
         ((INFERENCE, "--model", "absent.toml", "--topology", "v5e:4x4"), "absent.toml: cannot be read"),
         (("absent.toml", "--model", QWQ, "--topology", "v5e:4x4"), "absent.toml: cannot be read"),
         (("configs/rl/tiny_dpo.toml", "--topology", "v5e:4x4"), "plans are made of rl, sft and inference"),
+        (
+            (INFERENCE, "--model", QWQ, "--topology", "v5e:4x4", "--output", "README.md"),
+            "README.md: expected a directory",
+        ),
         (
             ("configs/rl/qwq_32b_stage2.toml", "--model", QWQ, "--topology", "v5p:4x4x4"),
             "say its architecture with --reward-model",
