@@ -1,9 +1,10 @@
 """``--dry-run``: the whole life of a job without a network, every request printed."""
 
 import json
+import re
 import shlex
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -20,6 +21,7 @@ from gcp.record import Outcome, Record, Staged, conclude, load, save
 Say = Callable[[str], None]
 # Resources that were asked for, by zone and name, and their slices.
 Made = dict[tuple[str, str], int]
+_SECRET = re.compile("TOKEN|SECRET|PASSWORD|KEY", re.IGNORECASE)
 _SERVICE = "https://tpu.googleapis.com/v2"
 
 
@@ -152,6 +154,18 @@ def planned_run(say: Say, active: Callable[[], None]) -> gcloud.Run:
         return subprocess.CompletedProcess(list(command), 0, '{"state": "READY"}', "")
 
     return run
+
+
+def without_secrets(say: Say, environment: Mapping[str, str]) -> Say:
+    """Prints as `say` does, but for values of variables whose names call them secret."""
+    secrets = [value for name, value in environment.items() if value and _SECRET.search(name)]
+
+    def printed(text: str) -> None:
+        for secret in secrets:
+            text = text.replace(secret, "***")
+        say(text)
+
+    return printed
 
 
 def finish(objects: Objects, job: str) -> None:

@@ -327,13 +327,14 @@ def _open(spec: JobSpec, client_name: ClientName | None, *, dry_run: bool, cloud
 
 
 def _rehearsed(spec: JobSpec, client_name: ClientName, owner: str) -> Context:
-    objects = PlannedObjects(print)
+    say = rehearsal.without_secrets(print, spec.environment)
+    objects = PlannedObjects(say)
 
     def active() -> None:
         rehearsal.finish(objects.others(), spec.name)
 
-    planned = rehearsal.PlannedCloud(spec.project, print, by_gcloud=client_name == "gcloud", active=active)
-    by_command = GcloudCloud(spec.project, rehearsal.planned_run(print, active))
+    planned = rehearsal.PlannedCloud(spec.project, say, by_gcloud=client_name == "gcloud", active=active)
+    by_command = GcloudCloud(spec.project, rehearsal.planned_run(say, active))
     chosen = _existing(spec, by_command, objects) if spec.vm else planned
     return Context(spec, objects, chosen, owner, lambda seconds: None)
 

@@ -128,3 +128,10 @@ def test_rehearsals_end_and_stay_in_their_first_attempt(place, capsys, verb):
         assert "record.json" in said and "0002" not in said and "job-000000-2" not in said
         concluded = any(line.startswith("PUT ") and "outcome.json" in line for line in said.splitlines())
         assert concluded == (verb == "cancel"), "elsewhere the workers write it"
+
+
+def test_a_rehearsal_prints_no_secret(place, capsys):
+    settings = ["--set", "environment.HF_TOKEN=hf_abc123", "--set", "environment.LEVEL=loud"]
+    assert tpu.main(["submit", str(place / "job.toml"), "--dry-run", *settings]) == 0
+    printed = capsys.readouterr().out
+    assert "hf_abc123" not in printed and "***" in printed and "loud" in printed
