@@ -10,9 +10,6 @@ from qwq_jax.config.inference import InferenceConfig
 from qwq_jax.config.load import build
 from qwq_jax.config.mesh import MeshConfig
 
-# Devices that JAX sees on a chip; of v4 and v5p both cores are one.
-_DEVICES = {"tpu7x": 2}
-
 
 def check_inputs(job: JobSpec) -> None:
     """Raises a ValueError if an argument names a local file that is not staged."""
@@ -26,8 +23,6 @@ def check_inputs(job: JobSpec) -> None:
 
 def check_outputs(job: JobSpec, outputs: Sequence[str]) -> None:
     """Raises a ValueError if an output lies on VMs alone, which are deleted at the end."""
-    if job.slice.generation == "cpu":  # to try a job out: its workers may be on one machine
-        return
     for name in outputs:
         if "://" in name:
             continue
@@ -50,7 +45,7 @@ def check_mesh(job: JobSpec, mesh: MeshConfig) -> None:
     """Raises a ValueError if the slices have other devices than the mesh arranges."""
     if job.slice.generation == "cpu":  # workers simulate as many as they are asked for
         return
-    devices = job.chips * _DEVICES.get(job.slice.generation, 1)
+    devices = job.chips * job.slice.devices_per_chip
     few = f"mesh: {mesh.size} devices are asked for, and {job.slices} x {job.topology} has {devices}"
     if mesh.size > devices or (job.hosts > 1 and mesh.size < devices):
         raise ValueError(few if mesh.size > devices else f"{few}: several hosts must use all of them")
@@ -58,7 +53,7 @@ def check_mesh(job: JobSpec, mesh: MeshConfig) -> None:
 
 def check_common(job: JobSpec, output_dir: str) -> None:
     """Raises a ValueError if hosts that write one directory would each have their own."""
-    if job.hosts > 1 and "://" not in output_dir and job.slice.generation != "cpu":
+    if job.hosts > 1 and "://" not in output_dir:
         raise ValueError(
             f"output_dir: {output_dir} is another directory on each of the {job.hosts} hosts; expected a gs:// address"
         )
@@ -71,7 +66,7 @@ def inference_mesh(job: JobSpec) -> MeshConfig:
 
 def check_shared(job: JobSpec, mesh: MeshConfig) -> None:
     """Raises a ValueError if hosts would each write a part of one file, for which they need a directory in common."""
-    local = job.slice.chips_per_host * _DEVICES.get(job.slice.generation, 1)
+    local = job.slice.chips_per_host * job.slice.devices_per_chip
     if job.verb == "generate" and job.hosts > 1 and mesh.share_of_process(job.hosts, local) is not None:
         raise ValueError(
             f"arguments: with mesh.data={mesh.data} each of the {job.hosts} hosts answers a part of the file, and "

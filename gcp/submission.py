@@ -49,6 +49,8 @@ def check(job: JobSpec, working_directory: Path, *, client: str | None = None) -
     files = staging.read_files(job.files, working_directory)
     # GKE and a VM that exists may have disks of their own.
     mounts = client is None or job.vm is not None
+    # Workers without a TPU, which try a job out, may be on one machine.
+    keeps = mounts or job.slice.generation == "cpu"
     outputs = list(arguments.outputs_of(job))
     if (config := _CONFIGS.get(job.verb)) is not None:
         if not job.arguments or job.arguments[0].startswith("-"):
@@ -58,7 +60,7 @@ def check(job: JobSpec, working_directory: Path, *, client: str | None = None) -
         _check_settings(settings.model_dump(mode="json"), job, mounts=mounts)
         arguments.check_mesh(job, settings.mesh)
         outputs.append(settings.output_dir)
-        if not mounts:
+        if not keeps:
             arguments.check_common(job, settings.output_dir)
     elif job.verb in ("generate", "eval"):
         mesh = arguments.inference_mesh(job)
@@ -67,6 +69,7 @@ def check(job: JobSpec, working_directory: Path, *, client: str | None = None) -
             arguments.check_shared(job, mesh)
     if not mounts:
         arguments.check_inputs(job)
+    if not keeps:
         arguments.check_outputs(job, outputs)
     for index, argument in enumerate(job.arguments):
         if job.verb == "eval" and argument == "--rewards" and index + 1 < len(job.arguments):

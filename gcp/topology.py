@@ -93,6 +93,11 @@ class Topology:
         return math.prod(self.shape)
 
     @property
+    def devices_per_chip(self) -> int:
+        """Devices that JAX sees on a chip; of v4 and v5p both cores are one."""
+        return 2 if self.generation == "tpu7x" else 1
+
+    @property
     def chips_per_host(self) -> int:
         """Chips that one VM sees."""
         known = GENERATIONS[self.generation]

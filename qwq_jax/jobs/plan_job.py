@@ -193,7 +193,7 @@ def program_names(job: Job) -> list[str]:
 
 def arranged(job: Job, mesh: MeshConfig) -> tuple[Job, tuple[str, ...]]:
     """A job of inference on another mesh, and what was changed, as words for ``--set``."""
-    words = tuple(f"mesh.{axis}={size}" for axis, size in mesh.model_dump().items())
+    words = tuple(_mesh_words("mesh", mesh))
     return changed(job, words), words
 
 
@@ -208,12 +208,12 @@ def trained_so(job: Job, way: TrainWay, decode: MeshConfig | None) -> tuple[Job,
     Raises:
         ValueError: Its batch cannot be divided so.
     """
-    words = [f"mesh.{axis}={size}" for axis, size in way.mesh.model_dump().items()]
+    words = _mesh_words("mesh", way.mesh)
     if job.config.remat != way.remat:
         words.append(f"remat={str(way.remat).lower()}")
     if job.kind == "rl":
         assert decode is not None, "reinforcement learning has an engine"
-        words += [f"decode_mesh.{axis}={size}" for axis, size in decode.model_dump().items()]
+        words += _mesh_words("decode_mesh", decode)
         if job.config.rows_per_micro_batch != way.total_rows:
             words.append(f"rows_per_micro_batch={way.total_rows}")
     else:
@@ -225,6 +225,10 @@ def trained_so(job: Job, way: TrainWay, decode: MeshConfig | None) -> tuple[Job,
         if parts != job.config.accumulation:
             words.append(f"accumulation={parts}")
     return changed(job, words), tuple(words)
+
+
+def _mesh_words(table: str, mesh: MeshConfig) -> list[str]:
+    return [f"{table}.{axis}={size}" for axis, size in mesh.model_dump().items()]
 
 
 def way_of(job: Job) -> TrainWay:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from qwq_jax.config.engine import CACHE_SHARE
 from qwq_jax.jobs.plan_job import Job, engine_of, trained_of
 from qwq_jax.plan.chips import GB, USUAL_TOPOLOGIES, Topology, parse_topology
-from qwq_jax.plan.search import engine_choices, tensor_sizes, token_bytes, train_choices, weight_bytes
+from qwq_jax.plan.search import engine_choices, state_bytes, tensor_sizes, token_bytes, train_choices, weight_bytes
 
 
 def no_engine_fits(job: Job, topology: Topology, usable: int, wanted: tuple[str | None, str]) -> str:
@@ -48,10 +48,11 @@ def no_engine_fits(job: Job, topology: Topology, usable: int, wanted: tuple[str 
 
 def no_training_fits(job: Job, topology: Topology, usable: int) -> str:
     """A job of training of which no mesh of a slice holds the state and a row."""
-    state = (2 if job.config.lora is not None else 16) * job.model.num_parameters
+    trained = trained_of(job)
+    state = state_bytes(trained)
     have = usable * topology.devices // topology.slices  # each slice has all of it
     short = f"short by {(state - have) / GB:.1f} GB" if state > have else "without room for a row's activations"
-    would = _larger(topology, lambda other: bool(train_choices(trained_of(job), other, usable=usable)))
+    would = _larger(topology, lambda other: bool(train_choices(trained, other, usable=usable)))
     return (
         f"{job.name} does not fit {topology.name}: weights, moments and gradients are {state / GB:.1f} GB and all "
         f"devices{' of a slice' if topology.slices > 1 else ''} have {have / GB:.1f} GB, {short}; {would}"

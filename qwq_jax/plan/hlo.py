@@ -17,6 +17,8 @@ _FREE = frozenset({"get-tuple-element", "bitcast", "tuple", "parameter", "consta
 _ALIASES = ("ConcatBitcast", "AllocateBuffer", "AssumeGatherIndicesInBound", "SliceToDynamic")
 _SLICES = ("dynamic-slice", "gather", "slice", "dynamic-update-slice")
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+# What loops count with.
+_COUNTERS = ("s32[]", "u32[]")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{[^}]*?\})?")
 _LINE = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
 _NAMES = re.compile(r"%([\w.\-]+)")
@@ -106,12 +108,12 @@ def _with_called(module: Module, operations: list[Operation]) -> list[Operation]
 
 def _integer(each: Operation) -> int | None:
     """A constant that loops count with."""
-    return int(each.rest.split(")")[0]) if each.kind == "constant" and each.shape[:5] in ("s32[]", "u32[]") else None
+    return int(each.rest.split(")")[0]) if each.kind == "constant" and each.shape.startswith(_COUNTERS) else None
 
 
 def _stride(module: Module, loop: Operation, condition: list[Operation]) -> int:
     """What a round adds to the counter: 2 where the compiler has put two rounds into one; 1 where it cannot be told."""
-    counters = [each for each in condition if each.kind == "get-tuple-element" and each.shape[:5] in ("s32[]", "u32[]")]
+    counters = [each for each in condition if each.kind == "get-tuple-element" and each.shape.startswith(_COUNTERS)]
     body = module.get(loop.called("body") or "", [])
     if len(counters) != 1 or not body or body[-1].kind != "tuple":
         return 1

@@ -194,6 +194,11 @@ class Trained:
     lora: bool = False
 
 
+def state_bytes(trained: Trained) -> float:
+    """Of weights, moments and gradients on all devices; adapters beside bfloat16 weights are small."""
+    return (2.0 if trained.lora else _TRAINED_BYTES + _GRADIENT_BYTES) * trained.model.num_parameters
+
+
 def train_choices(
     trained: Trained, topology: Topology, *, usable: int, remat: Sequence[bool] = (True,), rows: Sequence[int] = (1,)
 ) -> list[TrainChoice]:
@@ -247,7 +252,6 @@ def train_choice(trained: Trained, topology: Topology, way: TrainWay) -> TrainCh
     model, mesh, chip = trained.model, way.mesh, topology.chip
     shared = mesh.tensor * mesh.context  # devices that work on one row
     tokens = way.rows * trained.row_length / shared
-    state = (2.0 if trained.lora else _TRAINED_BYTES + _GRADIENT_BYTES) * model.num_parameters
     kept = tokens * model.num_layers * 2.0 * (model.hidden_size if way.remat else _activations(model))
     working = 12.0 * tokens * (model.hidden_size + model.intermediate_size)
     # Three passes over the products, adapters two; with rematerialisation one more of each layer's forward.
@@ -260,7 +264,7 @@ def train_choice(trained: Trained, topology: Topology, way: TrainWay) -> TrainCh
     hidden = gathered.count * exchange_seconds(gathered, topology) if mesh.fsdp > 1 else 0.0
     return TrainChoice(
         way,
-        state / (mesh.fsdp * mesh.tensor) + kept + working,
+        state_bytes(trained) / (mesh.fsdp * mesh.tensor) + kept + working,
         max(seconds, hidden) + _waited(trained, topology, way),
     )
 
