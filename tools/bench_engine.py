@@ -3,7 +3,8 @@
     python -m tools.bench_engine --write docs/benchmarks/engine.md
     python -m tools.bench_engine --tiny --requests 6 --repetitions 1 --batches 1 4
 
-A random model of the shape of SmolLM2-135M in the Qwen2 architecture, float32, on the CPU. Prompts are ragged and
+A random model of the shape of SmolLM2-135M in the Qwen2 architecture, float32, on the CPU, or with ``--device cuda
+--dtype bfloat16`` on a GPU that torch and JAX share (``XLA_PYTHON_CLIENT_PREALLOCATE=false``). Prompts are ragged and
 completions of log-normal lengths; each turn has prompts of its own. A static batch of transformers runs until the
 longest of its rows ends, and only wanted tokens count; transformers' continuous batching takes each request's own
 length. Repetitions are interleaved, because machines are noisy; what is compared is each one's best. Exits with 1 if
@@ -44,8 +45,9 @@ PROMPT = 512
 MEDIAN_LENGTH, SIGMA, LONGEST = 64, 0.8, 512
 CONTEXT = 1024
 CHECKED = 4
-# Logits of two float32 implementations differ in the fifth digit; tokens this near are as good as equal.
-NEAR_TIE = 1e-3
+# Logits of two implementations differ in float32's fifth digit, and in bfloat16's second: of deviation 1, tokens this
+# near are as good as equal (0.19 apart were seen after 47 tokens of their own).
+NEAR_TIE = {"float32": 1e-3, "bfloat16": 0.3}
 START_TARGET = 10.0
 # How a static batch may be filled. What a completion's length will be nobody knows; a peer that did would do best.
 ORDERS = {"arrival": "", "prompt": ", sorted by prompts", "oracle": ", sorted by completions to come"}
@@ -149,11 +151,11 @@ def serve(engine: Engine, work: Workload) -> list[tuple[int, ...]]:
     return found
 
 
-def padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(prompts: list[list[int]], device: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask, padded on the left."""
     width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     return ids, mask
 
 
@@ -166,12 +168,12 @@ def generate_batches(model: Any, work: Workload, size: int, order_by: str) -> No
         order.sort(key=lambda i: work.lengths[i])
     for begin in range(0, len(order), size):
         chosen = order[begin : begin + size]
-        ids, mask = padded([work.prompts[i] for i in chosen])
+        ids, mask = padded([work.prompts[i] for i in chosen], model.device)
         longest = max(work.lengths[i] for i in chosen)
         out = model.generate(
             ids, attention_mask=mask, do_sample=False, max_new_tokens=longest, min_new_tokens=longest, pad_token_id=0
         )
-        assert out.shape[1] == ids.shape[1] + longest
+        assert out.cpu().shape[1] == ids.shape[1] + longest
 
 
 def generate_continuously(model: Any, work: Workload) -> None:
@@ -218,9 +220,9 @@ def their_decode_rate(model: Any, prompt: list[int], length: int) -> float:
 
     def note(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         times.append(time.perf_counter())
-        return torch.zeros(ids.shape[0], dtype=torch.bool)
+        return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
 
-    ids, mask = padded([prompt])
+    ids, mask = padded([prompt], model.device)
     model.generate(
         ids,
         attention_mask=mask,
@@ -237,30 +239,30 @@ def disagreements(model: Any, work: Workload, ours: list[tuple[int, ...]]) -> li
     """Where greedy tokens differ and it was no near tie, among the first requests."""
     found: list[str] = []
     for i in range(min(CHECKED, len(ours))):
-        ids = torch.tensor([work.prompts[i] + list(ours[i])])
+        ids = torch.tensor([work.prompts[i] + list(ours[i])], device=model.device)
         with torch.no_grad():
-            logits = model(ids).logits[0, len(work.prompts[i]) - 1 : -1].numpy()
+            logits = model(ids).logits[0, len(work.prompts[i]) - 1 : -1].float().cpu().numpy()
         # Each of our tokens must be the likeliest after the ones before it, which are ours too.
         gaps = logits.max(-1) - logits[np.arange(len(ours[i])), list(ours[i])]
-        if gaps.max() > NEAR_TIE:
+        if gaps.max() > NEAR_TIE[str(model.dtype).removeprefix("torch.")]:
             found.append(f"request {i}: token {int(gaps.argmax())} is {gaps.max():.4f} below the likeliest")
     return found
 
 
-def first_token(checkpoint: str) -> None:
+def first_token(checkpoint: str, dtype: Any) -> None:
     """What a warm start is measured on: one request, up to its first token."""
     start()
-    engine = Engine.from_checkpoint(checkpoint, config=engine_config(1))
+    engine = Engine.from_checkpoint(checkpoint, config=engine_config(1, dtype))
     tokens = next(engine.stream(request_of("one", list(range(1, 129)), 8)))
     print("TOKEN", tokens.token.token_id, flush=True)
 
 
-def seconds_to_first_token(checkpoint: str) -> float:
+def seconds_to_first_token(checkpoint: str, dtype: str) -> float:
     """From the start of a process to its first token; the first of two processes fills the compile cache."""
     seconds = 0.0
     for _ in range(2):
         began = time.perf_counter()
-        command = [sys.executable, "-m", "tools.bench_engine", "--first-token", checkpoint]
+        command = [sys.executable, "-m", "tools.bench_engine", "--first-token", checkpoint, "--dtype", dtype]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
             assert process.stdout is not None
             if not any(line.startswith("TOKEN") for line in process.stdout):
@@ -269,9 +271,9 @@ def seconds_to_first_token(checkpoint: str) -> float:
     return seconds
 
 
-def engine_config(rows: int) -> EngineConfig:
+def engine_config(rows: int, dtype: Any) -> EngineConfig:
     """The engine as it is measured."""
-    return EngineConfig(max_sequences=rows, max_context=CONTEXT, compute_dtype="float32")
+    return EngineConfig(max_sequences=rows, max_context=CONTEXT, compute_dtype=dtype)
 
 
 def measure(options: argparse.Namespace, folder: Path) -> tuple[list[Runner], list[str]]:
@@ -280,8 +282,8 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[Runner], li
     make_source(folder / "source", config)
     convert(str(folder / "source"), str(folder / "checkpoint"))
     work = make_workload(options.requests, config.vocab_size, prompt=options.prompt, longest=options.longest)
-    model = load_peer(folder / "source")
-    engine = Engine.from_checkpoint(str(folder / "checkpoint"), config=engine_config(options.rows))
+    model = load_peer(folder / "source", options.dtype, options.device)
+    engine = Engine.from_checkpoint(str(folder / "checkpoint"), config=engine_config(options.rows, options.dtype))
     wrong = disagreements(model, work, serve(engine, work))
     if wrong:
         raise SystemExit("greedy tokens differ from transformers': " + "; ".join(wrong))
@@ -293,17 +295,18 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[Runner], li
             part = Workload(work.prompts[: options.single], work.lengths[: options.single]) if size == 1 else work
             run = lambda fresh, size=size, order=order: generate_batches(model, fresh, size, order)  # noqa: E731
             runners.append(Runner(name, run, part, foresees=order == "oracle"))
-    other = load_peer(folder / "source")  # of its own, because it changes the model's attention
+    # Of its own, because it changes the model's attention.
+    other = load_peer(folder / "source", options.dtype, options.device)
     continuous = Runner("transformers, continuous batching", partial(generate_continuously, other), work)
     refused = None if options.no_continuous else attempt(continuous)
     runners += [] if refused or options.no_continuous else [continuous]
     notes += [f"transformers' continuous batching does not run here: {refused}"] if refused else []
     notes += ["transformers' continuous batching was left out"] if options.no_continuous else []
     take_turns(runners, options.repetitions, config.vocab_size)
-    small = Engine.from_checkpoint(str(folder / "checkpoint"), config=engine_config(1))
+    small = Engine.from_checkpoint(str(folder / "checkpoint"), config=engine_config(1, options.dtype))
     notes.append(single_stream(small, model, config.vocab_size, (min(128, options.prompt), options.stream)))
     if not options.no_start:
-        seconds = seconds_to_first_token(str(folder / "checkpoint"))
+        seconds = seconds_to_first_token(str(folder / "checkpoint"), options.dtype)
         late = "" if seconds < START_TARGET else f" (target: {START_TARGET:.0f})"
         notes.append(f"first token {seconds:.1f} s after the start of a process with a full compile cache{late}")
     return runners, notes
@@ -345,10 +348,10 @@ def single_stream(engine: Engine, model: Any, vocab_size: int, sizes: tuple[int,
     )
 
 
-def load_peer(source: Path) -> Any:
-    """The model of transformers in float32, without an end token."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="sdpa")
-    model.eval()
+def load_peer(source: Path, dtype: str = "float32", device: str = "cpu") -> Any:
+    """The model of transformers, without an end token."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="sdpa")
+    model.to(torch.device(device)).eval()  # pyright: ignore[reportArgumentType]
     model.generation_config.eos_token_id = None
     return model
 
@@ -358,14 +361,15 @@ def report(options: argparse.Namespace, runners: list[Runner], notes: list[str],
     ours, peers = runners[0], [runner for runner in runners[1:] if not runner.foresees]
     best = max(peers, key=lambda runner: runner.best)
     foreseeing = [runner for runner in runners if runner.foresees]
+    place = "a CPU" if options.device == "cpu" else f"an {torch.cuda.get_device_name()}"
     bound = max(foreseeing, key=lambda runner: runner.best, default=None)
     lines = [
-        "# The engine beside transformers, on a CPU",
+        f"# The engine beside transformers, on {place}",
         "",
         f"    {shlex.join(['python', '-m', 'tools.bench_engine', *options.words])}",
         "",
-        f"A random Qwen2 model of the shape of SmolLM2-135M ({options.layers} layers, float32), {options.requests} "
-        f"requests with prompts of 16 to {options.prompt} tokens",
+        f"A random Qwen2 model of the shape of SmolLM2-135M ({options.layers} layers, {options.dtype}), "
+        f"{options.requests} requests with prompts of 16 to {options.prompt} tokens",
         f"and log-normal completions (median {MEDIAN_LENGTH}, sigma {SIGMA}, at most {options.longest}), greedy, "
         f"{os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads, transformers "
         f"{transformers.__version__},",
@@ -392,7 +396,7 @@ def main() -> None:
     """Parses the command line and measures."""
     options = parse(sys.argv[1:])
     if options.first_token:
-        first_token(options.first_token)
+        first_token(options.first_token, options.dtype)
         return
     start()
     torch.set_num_threads(options.threads)
@@ -411,6 +415,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="narrow model, for tests")
     parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of torch; JAX takes the best it has")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=PROMPT, help="longest prompt")
     parser.add_argument("--longest", type=int, default=LONGEST, help="cap of the completions")

@@ -11,6 +11,7 @@ Measured are samples a second, over the same steps of each after compilation, an
 held-out problems that reaches the target. Our side is `qwq-jax rl CONFIG`, with a compile cache that is empty when it
 begins, once before the peers and once, for its speed alone, after them: the slower one counts. A peer that is not
 given is left out, and the report says so. `--set mesh.data=2` makes a device of each of two processors.
+`--device cuda` gives each side a GPU, one after the other; then `--threads` is that of the processors beside it.
 """
 
 import argparse
@@ -148,7 +149,9 @@ def our_side(name: str, options: argparse.Namespace, folder: Path, *, devices: i
         command += ["--set", setting]
     if devices > 1:
         command += ["--simulate-devices", str(devices)]
-    environment = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "xla")}
+    environment = {"JAX_PLATFORMS": options.device, "JAX_COMPILATION_CACHE_DIR": str(folder / "xla")}
+    # As torch multiplies float32 on a GPU unless it is told otherwise.
+    environment |= {"JAX_DEFAULT_MATMUL_PRECISION": "float32"} if options.device == "cuda" else {}
     return Side(name, command, folder / "out" / "metrics.jsonl", folder / "log", environment)
 
 
@@ -157,13 +160,13 @@ def peer_side(peer: str, options: argparse.Namespace, race: Path, folder: Path, 
     python = {"trl": options.trl_python, "tunix": options.tunix_python}[peer]
     folder.mkdir(parents=True)
     command = [str(python), "-m", f"tools.rl_peer_{peer}", "--race", str(race), "--record", str(folder / "records")]
-    command += ["--micro-batch", str(micro_batch)]
+    command += ["--micro-batch", str(micro_batch), "--device", options.device]
     environment = {
-        "JAX_PLATFORMS": "cpu",
+        "JAX_PLATFORMS": options.device,
         "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
         "OMP_NUM_THREADS": str(options.threads),
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     }
     return Side(PEERS[peer], command, folder / "records", folder / "log", environment)
 
@@ -297,6 +300,7 @@ def main() -> None:
         load=load,
         eval_every=options.eval_every,
         versions=versions,
+        device=device_name(options.device),
     )
     text = markdown(setting, outcomes)
     print(text)
@@ -305,6 +309,14 @@ def main() -> None:
     if options.json:
         options.json.write_text(as_json(setting, outcomes))
     raise SystemExit(1 if any(outcome.records and outcome.failure for outcome in outcomes) else 0)
+
+
+def device_name(device: str) -> str:
+    """What all sides run on, in the report's words."""
+    if device == "cpu":
+        return "a CPU"
+    asked = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
+    return f"one {asked.stdout.strip() or 'GPU'}"
 
 
 def shown_command(arguments: Sequence[str]) -> str:
@@ -337,6 +349,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--skip", type=int, default=3, help="first steps whose speed does not count")
     parser.add_argument("--measure", type=int, default=12, help="steps after them whose speed does")
     parser.add_argument("--threads", type=int, default=2, help="processors that each side may use")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of each side")
     parser.add_argument("--once", action="store_true", help="no second run of ours after the peers")
     parser.add_argument("--write", type=Path, help="a markdown file")
     parser.add_argument("--json", type=Path, help="all records")

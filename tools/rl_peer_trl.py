@@ -23,19 +23,19 @@ from tools.rl_race import Question, Race, Record, check_prompts, peer_arguments
 PACKAGES = ("trl", "transformers", "torch", "accelerate")
 
 
-def settings(race: Race, folder: str, micro_batch: int) -> GRPOConfig:
+def settings(race: Race, folder: str, micro_batch: int, device: str) -> GRPOConfig:
     """The race in TRL's words."""
     descent = race.descent
     return GRPOConfig(
         output_dir=folder,
-        use_cpu=True,
+        use_cpu=device == "cpu",
         bf16=False,
         seed=race.seed,
         report_to="none",
         save_strategy="no",
         logging_steps=10,
         disable_tqdm=True,
-        dataloader_pin_memory=False,
+        dataloader_pin_memory=device != "cpu",
         shuffle_dataset=False,
         gradient_checkpointing=False,
         per_device_train_batch_size=micro_batch,
@@ -68,8 +68,9 @@ def answers(model: Any, tokenizer: Any, questions: Sequence[Question], max_token
     width = max(len(question.token_ids) for question in questions)
     padding = [width - len(question.token_ids) for question in questions]
     pairs = list(zip(padding, questions, strict=True))
-    ids = torch.tensor([[tokenizer.pad_token_id] * pad + question.token_ids for pad, question in pairs])
-    mask = torch.tensor([[0] * pad + [1] * len(question.token_ids) for pad, question in pairs])
+    padded = [[tokenizer.pad_token_id] * pad + question.token_ids for pad, question in pairs]
+    ids = torch.tensor(padded, device=model.device)
+    mask = torch.tensor([[0] * pad + [1] * len(question.token_ids) for pad, question in pairs], device=model.device)
     model.eval()
     with torch.no_grad():
         drawn = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=max_tokens)
@@ -120,7 +121,7 @@ def main() -> None:
             model=transformers.AutoModelForCausalLM.from_pretrained(race.model, dtype=torch.float32),
             processing_class=tokenizer,
             reward_funcs=reward,
-            args=settings(race, folder, options.micro_batch),
+            args=settings(race, folder, options.micro_batch, options.device),
             train_dataset=Dataset.from_list([{"prompt": q.messages, "answer": q.answer} for q in race.prompts]),
             callbacks=[Watch(race, record, tokenizer)],
         )

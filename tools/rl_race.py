@@ -202,6 +202,7 @@ def peer_arguments(description: str | None, *, micro_batch: int) -> argparse.Nam
     parser.add_argument("--race", type=Path, required=True, help="what tools.bench_rl wrote")
     parser.add_argument("--record", type=Path, required=True, help="JSON lines are appended here")
     parser.add_argument("--micro-batch", type=int, default=micro_batch, help="completions in one forward and backward")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     return parser.parse_args()
 
 

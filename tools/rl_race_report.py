@@ -136,6 +136,7 @@ class Setting:
         load: Load average when it began.
         eval_every: Steps between evaluations.
         versions: Of our side.
+        device: What all sides run on.
     """
 
     command: str
@@ -145,6 +146,7 @@ class Setting:
     load: float
     eval_every: int
     versions: Mapping[str, str]
+    device: str = "a CPU"
 
     @property
     def samples(self) -> int:
@@ -260,7 +262,7 @@ def markdown(setting: Setting, outcomes: Sequence[Outcome]) -> str:
     versions = [setting.versions, *(outcome.versions for outcome in outcomes if outcome.versions)]
     first, last = goal.skipped + 1, goal.skipped + goal.measured
     lines = [
-        "# Reinforcement learning beside TRL and tunix, on a CPU",
+        f"# Reinforcement learning beside TRL and tunix, on {setting.device}",
         "",
         f"    {setting.command}",
         "",

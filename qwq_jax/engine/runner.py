@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from typing import Any
 
@@ -26,8 +27,8 @@ from qwq_jax.sharding import Layout
 
 # As `CACHE_SHARE`, of a machine whose memory is not the engine's alone.
 _CACHE_SHARE_OF_HOST = 0.25
-# See `EngineShape.growth`: a TPU compiles for longer, a CPU computes for longer, and reads tables as wide as they are.
-_GROWTH_ON_TPU, _GROWTH_ELSEWHERE = 8, 2
+# See `EngineShape.growth`: TPUs and GPUs are compiled for longer, a CPU computes for longer.
+_GROWTH, _GROWTH_ON_CPU = 8, 2
 # Tokens a call: enough to hide the host, few enough that an early end wastes little.
 _WINDOW = 16
 # There the compiler copies weights that a loop reads into another tiling, all of them: a call draws one token.
@@ -95,18 +96,32 @@ class DeviceRunner:
             self._cache = self._new_cache()
 
     def warm_up(self, programs: Iterable[Program], progress: Callable[[int], None] = lambda done: None) -> None:
-        """Compile programs ahead of need; `progress` is told how many are ready."""
-        for done, program in enumerate(programs, start=1):
-            self._compiled(program)
-            progress(done)
+        """Compile programs ahead of need, one a processor at a time; `progress` is told how many are ready."""
+        wanted = list(dict.fromkeys(programs))
+        missing = [program for program in wanted if program not in self._programs]
+        for ready in range(1, len(wanted) - len(missing) + 1):
+            progress(ready)
+        # Tracing is Python's and goes on in this thread; the compiler leaves Python to the others while it works.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            try:
+                running = {pool.submit(self._lowered(program).compile): program for program in missing}
+                for ready, future in enumerate(as_completed(running), start=len(wanted) - len(missing) + 1):
+                    self._programs[running[future]] = future.result()
+                    progress(ready)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
     def _compiled(self, program: Program) -> Any:
         if program not in self._programs:
-            shape = (self.shape.replicas, packed_size(self.shape, program))
-            packed = jax.ShapeDtypeStruct(shape, np.int32, sharding=self._layout.sharding(("replica", None)))
-            run = step_program(self._model, Step(self._layout, self.shape, program), self._dtype, self._weights)
-            self._programs[program] = run.lower(self._params, self._cache, self._carry, packed).compile()
+            self._programs[program] = self._lowered(program).compile()
         return self._programs[program]
+
+    def _lowered(self, program: Program) -> Any:
+        shape = (self.shape.replicas, packed_size(self.shape, program))
+        packed = jax.ShapeDtypeStruct(shape, np.int32, sharding=self._layout.sharding(("replica", None)))
+        run = step_program(self._model, Step(self._layout, self.shape, program), self._dtype, self._weights)
+        return run.lower(self._params, self._cache, self._carry, packed)
 
 
 def usual_programs(shape: EngineShape) -> tuple[Program, ...]:
@@ -180,7 +195,7 @@ def engine_shape(model: ModelConfig, layout: Layout, config: EngineConfig) -> En
         decode_window=config.decode_window or (1 if device.device_kind.startswith(_NO_LOOP) else _WINDOW),
         drafts=config.draft_tokens,
         prefix_cache=config.prefix_cache,
-        growth=_GROWTH_ON_TPU if device.platform == "tpu" else _GROWTH_ELSEWHERE,
+        growth=_GROWTH_ON_CPU if device.platform == "cpu" else _GROWTH,
         scaled_logprobs=config.logprobs == "temperature",
     )
 

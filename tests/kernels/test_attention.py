@@ -1,5 +1,7 @@
 """The reference kernels against a brute force in float64."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwq_jax.kernels.attention import paged_attention, reference
+from qwq_jax.kernels.attention import Target, attention, dispatch, paged_attention, reference
 from tests.kernels.ragged_batches import brute_force, check, held, make_batch
 
 HEADS = [(4, 4), (5, 1), (10, 2), (7, 1)]
 # float32 sums of a few hundred terms of size 1.
 TOLERANCE = 2e-6
+GPU = Target("gpu", "NVIDIA H200")
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -41,8 +44,8 @@ def test_attention_gradient_is_that_of_the_formula(rng):
     assert slope == pytest.approx((float(moved[0]) - float(moved[1])) / (2 * step), rel=2e-3)
 
 
-def serve(batch):
-    run = jax.jit(paged_attention, static_argnames=("scale", "decode_rows", "max_query"))
+def serve(batch, **how):
+    run = jax.jit(partial(paged_attention, **how), static_argnames=("scale", "decode_rows", "max_query"))
     return run(
         batch.q,
         batch.k,
@@ -75,6 +78,33 @@ def test_paged_attention_over_narrow_caches(heads, dtype, rng):
 def test_paged_decode_without_prefill(rng):
     batch = make_batch(rng, [(3, True), (9, True)], [], heads=(5, 1), page=4)
     check(batch, serve(batch), TOLERANCE)
+
+
+@pytest.mark.parametrize("chunks", [[], [(0, 9), (0, 0), (40, 24), (5, 1)]])
+def test_what_a_gpu_computes_at_once_gives_the_same(chunks, rng):
+    """One turn of the loop for all rows, and chunks of many queries."""
+    batch = make_batch(rng, [(7, True), (0, False), (60, True)], chunks, heads=(10, 2), page=4)
+    check(batch, serve(batch, target=GPU), TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("rows", "segments", "dtype", "chosen"),
+    [
+        (1, False, jnp.bfloat16, "cudnn"),
+        (1, True, jnp.bfloat16, "cudnn"),
+        (3, True, jnp.bfloat16, "reference"),
+        (3, False, jnp.bfloat16, "cudnn"),
+        (1, True, jnp.float32, "reference"),
+    ],
+)
+def test_a_gpu_takes_cudnn_while_the_mask_is_small(rows, segments, dtype, chosen, monkeypatch):
+    length, taken = 8192, []
+    monkeypatch.setattr(dispatch, "_cudnn", lambda q, *_: taken.append("cudnn") or q)
+    monkeypatch.setattr(reference, "attention", lambda q, *_, **__: taken.append("reference") or (q, q))
+    q, k = (jax.ShapeDtypeStruct((rows, length, n, 128), dtype) for n in (10, 2))
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32) if segments else None
+    jax.eval_shape(partial(attention, scale=1.0, target=GPU), q, k, k, ids)
+    assert taken == [chosen]
 
 
 @pytest.mark.parametrize("before", [0, 126, 127, 128, 254, 255, 256, 400])

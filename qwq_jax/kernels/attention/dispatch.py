@@ -22,8 +22,8 @@ from qwq_jax.kernels.attention.steps import Deal
 class Implementation(enum.Enum):
     """AUTO is PALLAS on TPU, and elsewhere REFERENCE, or CUDNN where a GPU's can serve.
 
-    That is dense attention of 16-bit inputs without segments (cuDNN would take a mask as long as the square of the row)
-    and without a log-sum-exp.
+    That is dense attention of 16-bit inputs without a log-sum-exp; segments become a mask as long as the square of the
+    row, which AUTO takes while it is small.
     """
 
     AUTO = "auto"
@@ -47,6 +47,8 @@ class Target(NamedTuple):
 
 
 CPU = Target()
+# Masks of segments that are worth their memory on a GPU: 16 bits for each pair of tokens of a row.
+_LARGEST_MASK = 2**28
 
 
 class QueryShard(NamedTuple):
@@ -91,8 +93,9 @@ def attention(
         ValueError: The named implementation cannot serve this call, or its tiles do not fit the chip.
     """
     chosen = _choose(implementation, target)
-    if implementation is Implementation.AUTO and _cudnn_serves(q, target) and segment_ids is None:
-        chosen = Implementation.CUDNN
+    mask_bytes = 0 if segment_ids is None else 2 * q.shape[0] * q.shape[1] ** 2
+    if implementation is Implementation.AUTO and _cudnn_serves(q, target) and shard is None:
+        chosen = Implementation.CUDNN if mask_bytes <= _LARGEST_MASK else chosen
     if chosen is Implementation.CUDNN:
         return _cudnn(q, k, v, segment_ids, scale, target)
     return attention_with_lse(q, k, v, segment_ids, scale=scale, target=target, implementation=chosen, shard=shard)[0]
@@ -114,7 +117,9 @@ def attention_with_lse(
     ids, shards = (None, 1) if shard is None else shard
     chosen = _choose(implementation, target)
     if chosen is Implementation.REFERENCE:
-        return reference.attention(q, k, v, segment_ids, scale=scale, query_ids=ids)
+        # Each block of queries is compiled on its own, which takes long for a GPU.
+        block_q = -(-q.shape[1] // 4) if target.platform == "gpu" else None
+        return reference.attention(q, k, v, segment_ids, scale=scale, query_ids=ids, block_q=block_q)
     if chosen is not Implementation.PALLAS:
         raise ValueError(f"attention by {chosen.value} gives no log-sum-exp: use pallas or reference")
     _need_tpu(target)
@@ -161,8 +166,9 @@ def paged_attention(
     """
     chosen = _choose(implementation, target)
     if chosen is Implementation.REFERENCE:
+        blocks = reference.GPU_BLOCKS if target.platform == "gpu" else reference.CPU_BLOCKS
         return reference.paged_attention(
-            q, k, v, layer, rows, scale=scale, decode_rows=decode_rows, max_query=max_query
+            q, k, v, layer, rows, scale=scale, decode_rows=decode_rows, max_query=max_query, blocks=blocks
         )
     if chosen is not Implementation.PALLAS:
         raise ValueError(f"{chosen.value} has no paged attention: use pallas or reference")

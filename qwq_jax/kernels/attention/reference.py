@@ -5,7 +5,7 @@ it): attention over 131,072 keys summed in bfloat16 loses the small probabilitie
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,30 @@ from qwq_jax.kernels.attention.pages import KEY, VALUE, PagedLayer, PagedOutput,
 
 # Finite, so that a row with no visible key gives 0 / 0 nowhere: such rows are zeroed instead.
 MASKED = -1e30
-# Keys of all rows that decoding reads at once: few enough to stay in a core's cache, many enough to be worth a turn.
-DECODE_BYTES, DECODE_PAGES = 2**19, 16
 # Fewer tokens of a row alone are not worth a way of their own to read them.
 ALONE_TOKENS = 128
-# Tokens of a chunk, and of the cache, that are multiplied at once.
-CHUNK_QUERIES, CHUNK_KEYS = 32, 64
+
+
+class Blocks(NamedTuple):
+    """How much of a paged cache is computed at once.
+
+    Attributes:
+        decode_bytes: Keys of all rows that decoding reads in one turn of its loop.
+        decode_pages: That many pages at least; both are no more than there are.
+        chunk_queries: Tokens of a chunk that are multiplied at once.
+        chunk_keys: Tokens of the cache that they are multiplied with.
+    """
+
+    decode_bytes: int
+    decode_pages: int
+    chunk_queries: int
+    chunk_keys: int
+
+
+# On a CPU: few enough bytes to stay in a core's cache, many enough to be worth a turn.
+CPU_BLOCKS = Blocks(decode_bytes=2**19, decode_pages=16, chunk_queries=32, chunk_keys=64)
+# On a GPU each turn of a loop waits for the host, so that there is one for all rows of an engine's usual sizes.
+GPU_BLOCKS = Blocks(decode_bytes=2**30, decode_pages=16, chunk_queries=256, chunk_keys=1024)
 
 
 def attention(
@@ -90,24 +108,23 @@ def _append(layer: PagedLayer, k: jax.Array, v: jax.Array, slots: jax.Array) -> 
 
 
 def _attend_decode(
-    q: jax.Array, layer: PagedLayer, page_table: jax.Array, kv_length: jax.Array, scale: float
+    q: jax.Array, layer: PagedLayer, page_table: jax.Array, kv_length: jax.Array, scale: float, blocks: Blocks
 ) -> tuple[jax.Array, jax.Array]:
     """Rows of one query each, q `[B, N, H]`, the last token of its row.
 
-    The pages in use, of all rows, are one list, and a loop takes some at a time, `DECODE_PAGES` or as many as
-    `DECODE_BYTES` hold: time goes by tokens in the cache, not by the longest row, and what was read is still in the
-    core's cache when it is used. Each page gives a maximum, a sum and a weighted value, which its row joins at the end
-    (as in arXiv 1805.02867).
+    The pages in use, of all rows, are one list, and a loop takes some at a time, as `blocks` says: time goes by tokens
+    in the cache, not by the longest row, and what was read is still in the core's cache when it is used. Each page
+    gives a maximum, a sum and a weighted value, which its row joins at the end (as in arXiv 1805.02867).
 
     Returns:
         Output `[B, N, H]` and log-sum-exp `[B, N]`, float32.
     """
     (B, N, H), W = q.shape, page_table.shape[1]
-    if B == 1 and W <= DECODE_PAGES:
+    if B == 1 and W <= blocks.decode_pages:
         return _attend_alone(q[0], layer, page_table[0], kv_length[0], scale)
     K, _, _, page, _ = layer.kv.shape
     G, page_bytes = N // K, K * page * H * q.dtype.itemsize
-    size = min(max(DECODE_PAGES, DECODE_BYTES // page_bytes), B * W)
+    size = min(max(blocks.decode_pages, blocks.decode_bytes // page_bytes), B * W)
     total = -(-B * W // size) * size
     counts = -(-kv_length // page)
     ends = jnp.cumsum(counts)
@@ -143,7 +160,9 @@ def _attend_decode(
 
     sizes = ((total, K, G), (total, K, G), (total, K, G, H))
     zeros = (jnp.zeros(shape, jnp.float32) for shape in sizes)
-    _, top, sums, outs = jax.lax.while_loop(lambda state: state[0] < in_use, body, (jnp.int32(0), *zeros))
+    state = (jnp.int32(0), *zeros)
+    state = body(state) if size == total else jax.lax.while_loop(lambda state: state[0] < in_use, body, state)
+    _, top, sums, outs = state
     mine = (jnp.arange(W) < counts[:, None])[:, :, None, None]
     at = jnp.minimum(starts[:, None] + jnp.arange(W), total - 1)
     top = jnp.where(mine, top[at], MASKED)  # [B, W, K, G]
@@ -192,11 +211,11 @@ def _attend_pages(
 
 
 def _attend_chunks(
-    q: jax.Array, layer: PagedLayer, rows: RaggedRows, scale: float, max_query: int
+    q: jax.Array, layer: PagedLayer, rows: RaggedRows, scale: float, max_query: int, blocks: Blocks
 ) -> tuple[jax.Array, jax.Array]:
     """Rows of several queries, each the last tokens of its row: q `[T, N, H]` flat, laid out by `query_start`.
 
-    A loop takes `CHUNK_QUERIES` tokens of a row at a time, and one within it the pages that these see, some at a time,
+    A loop takes `chunk_queries` tokens of a row at a time, and one within it the pages that these see, some at a time,
     with a running maximum and sum (arXiv 1805.02867): time goes by the tokens that there are.
 
     Returns:
@@ -204,7 +223,7 @@ def _attend_chunks(
     """
     T, N, H = q.shape
     K, _, _, page, _ = layer.kv.shape
-    G, size, at_once = N // K, min(CHUNK_QUERIES, max_query), max(1, CHUNK_KEYS // page)
+    G, size, at_once = N // K, min(blocks.chunk_queries, max_query), max(1, blocks.chunk_keys // page)
     S = at_once * page
     table = jnp.pad(rows.page_table, ((0, 0), (0, -rows.page_table.shape[1] % at_once)))
     begins, stops = rows.query_start[:-1], rows.query_start[1:]
@@ -255,6 +274,7 @@ def paged_attention(
     scale: float,
     decode_rows: int,
     max_query: int,
+    blocks: Blocks = CPU_BLOCKS,
 ) -> PagedOutput:
     """Appends a ragged batch's keys and values to the paged cache and attends to it.
 
@@ -270,6 +290,7 @@ def paged_attention(
         scale: Factor on the scores.
         decode_rows: Static number of single-token rows.
         max_query: Static bound on the tokens of any other row; 0 where there are none.
+        blocks: How much is computed at once.
     """
     wanted = q.shape[2]
     q, k, v = (widen(x, layer.kv.shape[4]) for x in (q, k, v))
@@ -277,11 +298,11 @@ def paged_attention(
     table, length = rows.page_table, rows.kv_length
     parts: list[tuple[jax.Array, jax.Array]] = []
     if decode_rows:
-        parts.append(_attend_decode(q[:decode_rows], layer, table[:decode_rows], length[:decode_rows], scale))
+        parts.append(_attend_decode(q[:decode_rows], layer, table[:decode_rows], length[:decode_rows], scale, blocks))
     if max_query:
         chunks = RaggedRows(
             table[decode_rows:], length[decode_rows:], rows.query_start[decode_rows:] - decode_rows, rows.slots
         )
-        parts.append(_attend_chunks(q[decode_rows:], layer, chunks, scale, max_query))
+        parts.append(_attend_chunks(q[decode_rows:], layer, chunks, scale, max_query, blocks))
     out, lse = (jnp.concatenate(each) for each in zip(*parts, strict=True))
     return PagedOutput(out[..., :wanted].astype(q.dtype), lse, layer)
