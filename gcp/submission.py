@@ -12,6 +12,7 @@ from gcp import record as records
 from gcp.job import JobSpec
 from gcp.objects import Conflict, Objects
 from gcp.record import Record, Saved
+from qwq_jax.__main__ import check_words
 from qwq_jax.config.evaluate import load_rewards
 from qwq_jax.config.frozen import Frozen
 from qwq_jax.config.load import load_toml
@@ -47,6 +48,10 @@ def check(job: JobSpec, working_directory: Path, *, client: str | None = None) -
     if client is not None:
         _check_client(job, client)
     files = staging.read_files(job.files, working_directory)
+    try:
+        check_words(job.verb, job.arguments)
+    except ValueError as error:
+        raise ValueError(f"arguments: {error}") from None
     # GKE and a VM that exists may have disks of their own.
     mounts = client is None or job.vm is not None
     # Workers without a TPU, which try a job out, may be on one machine.

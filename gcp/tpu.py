@@ -3,6 +3,7 @@
 Exit codes: 0 done; 2 bad input, told in one sentence; 42 interrupted, and the job goes on without us; 1 otherwise.
 """
 
+import logging
 import os
 import sys
 import time
@@ -102,6 +103,8 @@ class Context:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     words = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    for library in ("gcsfs", "asyncio"):  # they print the traceback of an error that they raise besides
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         return app(args=words, prog_name="tpu.py", standalone_mode=False) or EXIT_DONE
     except typer.TyperException as error:

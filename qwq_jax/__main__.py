@@ -100,6 +100,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return EXIT_FAILED if code else EXIT_DONE
 
 
+def check_words(verb: str, words: Sequence[str]) -> None:
+    """Parses what follows a verb and runs nothing: for who sends a command to machines that are paid for.
+
+    Raises:
+        ValueError: The verb would refuse these words, in its own.
+    """
+    command: Any = typer.main.get_command(app)
+    try:
+        with command.make_context("qwq-jax", [verb, *words]) as context:
+            command.get_command(context, verb).make_context(verb, list(words), parent=context)
+    except typer.TyperException as error:
+        raise ValueError(f"{verb}: {error.format_message().removesuffix('.')}") from None
+    except typer.Exit:
+        raise ValueError(f"{verb}: these words ask for help, and run nothing") from None
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(__version__)

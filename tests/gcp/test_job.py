@@ -149,8 +149,10 @@ class TestCheck:
             submission.check(a_job(verb="rl", arguments=("x.toml",), files=("x.toml",)), tmp_path)
 
     def test_no_configuration(self, tmp_path):
-        with pytest.raises(ValueError, match="sft needs its TOML file"):
+        with pytest.raises(ValueError, match="arguments: sft: Missing argument 'config'"):
             submission.check(a_job(verb="sft"), tmp_path)
+        with pytest.raises(ValueError, match="sft needs its TOML file as the first one"):
+            submission.check(a_job(verb="sft", arguments=("--set", "seed=1", "sft.toml")), tmp_path)
 
     @pytest.fixture
     def place(self, tmp_path):
@@ -201,7 +203,8 @@ class TestCheck:
 
     def test_a_file_that_is_not_listed(self, tmp_path):
         with pytest.raises(ValueError, match="has to be listed"):
-            submission.check(a_job(arguments=("--rewards", "x.toml")), tmp_path)
+            words = ("m", "--input", "x.toml", "--output", "o.jsonl")
+            submission.check(a_job(arguments=words), tmp_path)
 
 
 def test_submitting_twice_and_differently():
