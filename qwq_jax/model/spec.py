@@ -53,9 +53,10 @@ def model_spec(
     Raises:
         ValueError: The model cannot be quantised so.
     """
+    asked: Any = (config, weights, lora)  # frozen, and so hashable, which their type does not say
     return {
         path: ArraySpec(shape, jnp.dtype(own_dtype or dtype), axes)
-        for path, shape, own_dtype, axes in _variables(config, weights, lora)
+        for path, shape, own_dtype, axes in _variables(*asked)
     }
 
 
