@@ -110,8 +110,8 @@ def _set(bits: np.ndarray, mask: int) -> int:
 
 
 def _visits(shape: Shape, *, by_key: bool) -> tuple[Steps, Sizes]:
-    sizes = Sizes(*shape.sizes, parts=shape.parts)
-    return plan_steps(shape.tokens, None, **sizes._asdict(), by_key=by_key), sizes
+    sizes = Sizes(*shape.sizes[:3], parts=shape.parts, looped=any(shape.sizes[3:]))
+    return plan_steps(shape.tokens, None, **sizes.lists, by_key=by_key), sizes
 
 
 def _partial(bits: np.ndarray) -> np.ndarray:
@@ -136,14 +136,21 @@ def _partial_forward(bits: np.ndarray, chunks: int) -> tuple[Part, ...]:
     return (*pieces, Part("chunks", partial.size * chunks, (Part("mixed chunk", mixed),), loop=True, trips=(chunks,)))
 
 
+def _whole_chunks(bits: np.ndarray) -> Part:
+    """The loop over chunks that are visible throughout, and the guard around it."""
+    whole = (bits >> 8) & 15
+    return Part("whole", int((whole > 0).sum()), (Part("chunks", int(whole.sum()), loop=True),))
+
+
 def _ours_forward(shape: Shape, *, with_lse: bool) -> Case:
     steps, sizes = _visits(shape, by_key=False)
     bits = np.asarray(steps.bits)
     outer, inner = np.asarray(steps.outer), np.asarray(steps.inner)
+    chunks = sizes.block_kv // sizes.chunk
     inside = [
         Part("begin", shape.parts),
-        Part("full", _set(bits, FULL)),
-        Part("partial", _partial(bits).size, _partial_forward(bits, sizes.block_kv // sizes.chunk)),
+        _whole_chunks(bits) if sizes.looped else Part("full", _set(bits, FULL)),
+        Part("partial", _partial(bits).size, _partial_forward(bits, chunks)[-1 if sizes.looped else 0 :]),
         Part("last", _set(bits, LAST)),
     ]
     T = shape.tokens

@@ -21,7 +21,7 @@ from qwq_jax.config.mesh import MeshConfig
 from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.plan import Workload
 from qwq_jax.jobs.plan_job import Job
-from qwq_jax.plan.compiler import Request, answer_all
+from qwq_jax.plan.compiler import Request, Workers, answer_all
 from qwq_jax.plan.cost import ProgramCost
 from qwq_jax.plan.hlo import Collective
 from qwq_jax.plan.search import token_bytes, weight_bytes
@@ -87,7 +87,8 @@ def measure(case: Case) -> StepBytes:
     config = InferenceConfig(engine=engine, mesh=MeshConfig(data=data, tensor=tensor))
     job = Job("step_bytes", "inference", config, model, Workload())
     request = Request({**job.described(case.topology), "live_tokens": rows * case.context}, "decode")
-    (answer,) = answer_all([request], store=runtime.plan_directory(), workers=1)
+    with Workers(1) as workers:
+        (answer,) = answer_all([request], store=runtime.plan_directory(), workers=workers)
     if "used" in answer:
         raise ValueError(f"{case} needs {answer['used']:,} bytes of the {answer['usable']:,} of a device")
     cost = ProgramCost.from_json(answer)

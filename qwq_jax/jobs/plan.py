@@ -27,7 +27,7 @@ from qwq_jax.jobs.plan_job import (
 from qwq_jax.jobs.plan_refusals import Device, no_engine_fits, no_training_fits, relief
 from qwq_jax.jobs.plan_times import parts_of
 from qwq_jax.plan.chips import GB, USUAL_TOPOLOGIES, Topology, parse_topology
-from qwq_jax.plan.compiler import Request, answer_all, compilers, is_kept
+from qwq_jax.plan.compiler import Request, Workers, answer_all, compilers, is_kept
 from qwq_jax.plan.cost import ProgramCost, with_slices
 from qwq_jax.plan.memory import INFERENCE_PHASES, RL_PHASES, SFT_PHASES, STATE, Memory, room_for_pages
 from qwq_jax.plan.page import write_page
@@ -106,10 +106,11 @@ def plan(job: Job, options: PlanOptions) -> list[TopologyPlan]:
 def make_plans(job: Job, options: PlanOptions) -> list[TopologyPlan]:
     """The plan of each topology, and, where a search is asked for, of what it recommends there."""
     topologies = [parse_topology(name) for name in options.topologies]
-    with _bar() as bar:
-        usable = _usable(topologies, options, bar)
+    with _bar() as bar, Workers(options.workers) as workers:
+        compiler = _Compiler(options.store, workers, bar)
+        usable = _usable(topologies, compiler)
         cases = [_case(job, topology, usable[topology.chip.name]) for topology in topologies]
-        plans = _compiled(_with_arrays(cases, options, bar), options, bar)
+        plans = _compiled(_with_arrays(cases, compiler), options, compiler)
         if not options.search:
             return plans
         advised = [index for index, each in enumerate(plans) if each.advice]
@@ -117,7 +118,7 @@ def make_plans(job: Job, options: PlanOptions) -> list[TopologyPlan]:
             replace(cases[i], job=changed(job, plans[i].advice), settings=plans[i].advice, problem=None)
             for i in advised
         ]
-        better = _compiled(_with_arrays(others, options, bar), options, bar)
+        better = _compiled(_with_arrays(others, compiler), options, compiler)
     for index, other in zip(advised, better, strict=True):
         if _is_better(other, plans[index]):
             plans[index] = replace(plans[index], better=replace(other, advice=()))
@@ -178,27 +179,35 @@ def _bar() -> Progress:
     )
 
 
-def _ask(requests: Sequence[Request], what: str, options: PlanOptions, bar: Progress) -> list[dict[str, Any]]:
-    new = [request for request in requests if not is_kept(request, options.store)]
-    if not new:
-        return answer_all(requests, store=options.store, workers=options.workers)
-    task = bar.add_task(what, total=len(requests))
+@dataclass(frozen=True)
+class _Compiler:
+    """Who is asked, where answers are kept, and where it is shown how many there are."""
 
-    def done(request: Request) -> None:
-        bar.update(task, advance=1)
-        if bar.disable:
-            LOG.info("compiled %s for %s", request.task, request.job.get("topology"))
+    store: Path
+    workers: Workers
+    bar: Progress
 
-    answers = answer_all(requests, store=options.store, workers=options.workers, progress=done)
-    bar.remove_task(task)
-    return answers
+    def ask(self, requests: Sequence[Request], what: str) -> list[dict[str, Any]]:
+        new = [request for request in requests if not is_kept(request, self.store)]
+        if not new:
+            return answer_all(requests, store=self.store, workers=self.workers)
+        task = self.bar.add_task(what, total=len(requests))
+
+        def done(request: Request) -> None:
+            self.bar.update(task, advance=1)
+            if self.bar.disable:
+                LOG.info("compiled %s for %s", request.task, request.job.get("topology"))
+
+        answers = answer_all(requests, store=self.store, workers=self.workers, progress=done)
+        self.bar.remove_task(task)
+        return answers
 
 
-def _usable(topologies: Sequence[Topology], options: PlanOptions, bar: Progress) -> dict[str, int]:
+def _usable(topologies: Sequence[Topology], compiler: _Compiler) -> dict[str, int]:
     """What the compiler lets a program have on a device of each chip."""
     first = {topology.chip.name: topology.name for topology in reversed(topologies)}
     requests = [Request({"topology": name}, "device") for name in first.values()]
-    answers = _ask(requests, "for one device", options, bar)
+    answers = compiler.ask(requests, "for one device")
     return {chip: answer["usable"] for chip, answer in zip(first, answers, strict=True)}
 
 
@@ -260,10 +269,10 @@ def _first_arranged(job: Job, choices: Sequence[TrainChoice], decode: MeshConfig
     raise problem
 
 
-def _with_arrays(cases: Sequence[_Case], options: PlanOptions, bar: Progress) -> list[_Case]:
+def _with_arrays(cases: Sequence[_Case], compiler: _Compiler) -> list[_Case]:
     """Measures what lies on the devices, and counts the pages that an engine has."""
     open_cases = [case for case in cases if case.problem is None]
-    answers = iter(_ask([case.request("arrays") for case in open_cases], "what arrays take", options, bar))
+    answers = iter(compiler.ask([case.request("arrays") for case in open_cases], "what arrays take"))
     return [case if case.problem is not None else _counted(case, next(answers)) for case in cases]
 
 
@@ -293,7 +302,7 @@ def _counted(case: _Case, arrays: Mapping[str, Any]) -> _Case:
     return replace(case, arrays={**arrays, "engine": sizes})
 
 
-def _compiled(cases: Sequence[_Case], options: PlanOptions, bar: Progress) -> list[TopologyPlan]:
+def _compiled(cases: Sequence[_Case], options: PlanOptions, compiler: _Compiler) -> list[TopologyPlan]:
     requests: list[Request] = []
     slots: list[tuple[int, str]] = []
     for index, case in enumerate(cases):
@@ -302,7 +311,7 @@ def _compiled(cases: Sequence[_Case], options: PlanOptions, bar: Progress) -> li
             for name in program_names(case.job):
                 slots.append((index, name))
                 requests.append(case.request(name, live if name in ("decode", "prompts") else 0))
-    answers = _ask(requests, "programs", options, bar)
+    answers = compiler.ask(requests, "programs")
     by_case: list[dict[str, dict[str, Any]]] = [{} for _ in cases]
     for (index, name), answer in zip(slots, answers, strict=True):
         by_case[index][name] = answer

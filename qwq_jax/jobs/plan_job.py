@@ -185,10 +185,11 @@ def program_names(job: Job) -> list[str]:
         return ["prompts", "decode"]
     if job.kind == "sft":
         return ["step"]
-    names = ["gradient", "prompts", "decode", "sync", "update"]
+    names = ["gradient", "prompts"]
     names += ["log-probabilities"] if job.config.needs_old_logprobs else []
     names += ["reference"] if job.config.objective.uses_reference else []
-    return names + (["reward model"] if job.reward_model is not None else [])
+    names += ["reward model"] if job.reward_model is not None else []
+    return [*names, "decode", "sync", "update"]
 
 
 def arranged(job: Job, mesh: MeshConfig) -> tuple[Job, tuple[str, ...]]:

@@ -1,13 +1,17 @@
-"""One process of `plan`: reads a request from its input, asks the TPU compiler, and writes the answer as one JSON line.
+"""One process of `plan`: reads requests from its input, a line each, asks the TPU compiler, and writes JSON lines.
 
-Started by `qwq_jax.plan.compiler`. Exit code 2: the job cannot be compiled so, told in one sentence.
+Started by `qwq_jax.plan.compiler`. A line is ``{"answer": ...}``, or ``{"refused": "why"}`` in one sentence if the job
+cannot be compiled so.
 """
 
+import gc
 import json
+import os
 import re
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,29 +37,42 @@ _UNITS = {None: 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def main() -> int:
-    """Answers one request."""
-    request = json.load(sys.stdin)
+    """Answers requests until there are no more."""
+    # Compilers and libraries print too: what they do goes where complaints go.
+    lines = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    gc.freeze()  # all that was imported stays, and need not be looked through again and again
     with tempfile.TemporaryDirectory() as folder:
         runtime.compile_for_tpus(dump=Path(folder))
-        try:
-            answer = answer_request(request["job"], request["task"], Path(folder))
-        except ValueError as error:
-            print(error, file=sys.stderr)
-            return 2
-    print(json.dumps(answer))
+        for line in sys.stdin:
+            request = json.loads(line)
+            try:
+                found = {"answer": answer_request(request["job"], request["task"], Path(folder))}
+            except ValueError as error:
+                found = {"refused": str(error).splitlines()[-1]}
+            print(json.dumps(found), file=lines, flush=True)
     return 0
 
 
 def answer_request(job: Mapping[str, Any], task: str, folder: Path) -> dict[str, Any]:
     """What a task asks of a job: ``device``, ``arrays``, or a program by name."""
-    topology = parse_topology(job["topology"])
-    devices = described_devices(topology)
     if task == "device":
-        return {"usable": usable_memory(devices)}
-    work = describe_work(job, devices)
+        return {"usable": usable_memory(described_devices(parse_topology(job["topology"])))}
+    job = dict(job)
+    live = job.pop("live_tokens", 0)
+    devices, work = _described(json.dumps(job, sort_keys=True))
     if task == "arrays":
         return measure_arrays(work, devices)
-    return measure_program(work, task, folder, live=job.get("live_tokens", 0))
+    return measure_program(work, task, folder, live=live)
+
+
+@lru_cache(maxsize=1)
+def _described(job: str) -> tuple[Sequence[Any], Work]:
+    """The devices and the work of a job, kept for its next program."""
+    jax.clear_caches()  # of the job before
+    asked = json.loads(job)
+    devices = described_devices(parse_topology(asked["topology"]))
+    return devices, describe_work(asked, devices)
 
 
 def described_devices(topology: Topology) -> Sequence[Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jax.numpy as jnp
@@ -52,11 +53,20 @@ def model_spec(
     Raises:
         ValueError: The model cannot be quantised so.
     """
-    state = nnx.state(nnx.eval_shape(lambda: Transformer(config, weights=weights, lora=lora)))
+    asked: Any = (config, weights, lora)  # frozen, and so hashable, which their type does not say
     return {
-        path: ArraySpec(tuple(v.get_value().shape), jnp.dtype(v.own_dtype or dtype), v.axes)
-        for path, v in flatten(state).items()
+        path: ArraySpec(shape, jnp.dtype(own_dtype or dtype), axes)
+        for path, shape, own_dtype, axes in _variables(*asked)
     }
+
+
+@lru_cache(maxsize=8)  # a job asks for the same in several places, and each layer is described by being made
+def _variables(
+    config: ModelConfig, weights: WeightFormat | None, lora: LoraConfig | None
+) -> tuple[tuple[str, tuple[int, ...], Any, Axes], ...]:
+    """Path, shape, dtype if it has one of its own, and axes of every parameter."""
+    state = nnx.state(nnx.eval_shape(lambda: Transformer(config, weights=weights, lora=lora)))
+    return tuple((path, tuple(v.get_value().shape), v.own_dtype, tuple(v.axes)) for path, v in flatten(state).items())
 
 
 def stacked_spec(spec: Mapping[str, ArraySpec], num_layers: int) -> dict[str, ArraySpec]:

@@ -14,6 +14,7 @@ from flax import nnx
 from qwq_jax.config.lora import LoraConfig
 from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.weights import WeightFormat
+from qwq_jax.model.embedding import look_up
 from qwq_jax.model.layers import Attend, Block, RMSNorm, kernel, param
 from qwq_jax.model.rope import rotary_tables
 from qwq_jax.sharding import Layout
@@ -116,7 +117,7 @@ class Transformer(nnx.Module):
         Returns:
             Hidden states `[B, T, D]` in the activation dtype, and the cache.
         """
-        x = self.embed.embedding[...].at[tokens].get(mode="clip").astype(self.dtype)
+        x = look_up(self.embed.embedding[...], tokens, self.dtype)
         rotary = rotary_tables(positions, self.config)
         if self.stacked:
             assert cache is None, "a scan over layers would copy the cache"

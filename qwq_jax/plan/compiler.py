@@ -1,7 +1,8 @@
-"""Compiles programs for TPUs that are not here, each in a process of its own, and keeps what was learnt.
+"""Compiles programs for TPUs that are not here, in processes beside this one, and keeps what was learnt.
 
 libtpu writes a program's text where its flags say so, which it reads once a process; and two compilations at a time
-use two cores.
+use two cores. A process answers one request after another: what it imports, and the job that it has described, it
+need not again.
 """
 
 import hashlib
@@ -9,13 +10,15 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 PACKAGE = Path(__file__).parents[1]
 WORKER = "qwq_jax.jobs.plan_worker"
@@ -25,7 +28,7 @@ _LINES = 12
 
 @dataclass(frozen=True)
 class Request:
-    """What one process shall find out.
+    """What a process shall find out.
 
     Attributes:
         job: The job, its model and its topology, as plain values.
@@ -45,27 +48,105 @@ class CompilerFailed(RuntimeError):
     """A process ended without an answer."""
 
 
+class Workers:
+    """Processes that compile, started when there is something to find out, and ended with the `with` block.
+
+    Attributes:
+        count: Of them, at most.
+    """
+
+    def __init__(self, count: int) -> None:
+        """Starts none yet."""
+        self.count = count
+        self._idle: deque[_Worker] = deque()
+
+    def __enter__(self) -> Self:
+        """Nothing happens before the first request."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends those that wait for a request; none works on one, for `answer_all` has returned."""
+        while self._idle:
+            self._idle.pop().end()
+
+    def ask(self, request: Request) -> dict[str, Any]:
+        """What a process finds out; called from `count` threads at most.
+
+        Raises:
+            ValueError: The job cannot be compiled so; the sentence says why.
+            CompilerFailed: Something else went wrong.
+        """
+        try:  # the last one that was used: it may have described this very job
+            worker = self._idle.pop()
+        except IndexError:
+            worker = _Worker()
+        try:
+            found = worker.ask(request)
+        except BaseException:
+            worker.end()
+            raise
+        self._idle.append(worker)
+        if "refused" in found:
+            raise ValueError(found["refused"])
+        return found["answer"]
+
+
+class _Worker:
+    """One process: a line with a request goes in, and a line with its answer comes out."""
+
+    def __init__(self) -> None:
+        # What a compiler complains of would fill a pipe that nobody reads.
+        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  closed by `end`
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", WORKER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._complaints,
+            text=True,
+        )
+
+    def ask(self, request: Request) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(request.text + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:  # it ended while nothing was asked
+            line = ""
+        if line:
+            return json.loads(line)
+        self._process.wait()
+        self._complaints.seek(0)
+        lines = self._complaints.read().decode(errors="replace").strip().splitlines()
+        raise CompilerFailed(f"{request.task}: " + "\n".join(lines[-_LINES:]))
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._complaints.close()
+
+
 def answer_all(
     requests: Sequence[Request],
     *,
     store: Path,
-    workers: int,
+    workers: Workers,
     progress: Callable[[Request], None] = lambda request: None,
 ) -> list[dict[str, Any]]:
-    """What the requests' processes found out, in their order; kept answers cost nothing.
+    """What processes found out of the requests, in their order; kept answers cost nothing.
 
     Args:
         requests: What to find out.
         store: Directory of kept answers.
-        workers: Processes at a time.
+        workers: Who does.
         progress: Told of each that is done.
 
     Raises:
         ValueError: The job cannot be compiled so; the sentence says why.
         CompilerFailed: Something else went wrong.
     """
-    with ThreadPoolExecutor(workers) as pool:
-        waiting = {pool.submit(_answer, request, store): index for index, request in enumerate(requests)}
+    with ThreadPoolExecutor(workers.count) as pool:
+        waiting = {pool.submit(_answer, request, store, workers): index for index, request in enumerate(requests)}
         answers: list[dict[str, Any]] = [{} for _ in requests]
         try:
             for done in as_completed(waiting):
@@ -82,20 +163,13 @@ def is_kept(request: Request, store: Path) -> bool:
     return _place(request, store).exists()
 
 
-def _answer(request: Request, store: Path) -> dict[str, Any]:
+def _answer(request: Request, store: Path, workers: Workers) -> dict[str, Any]:
     place = _place(request, store)
     try:
         return json.loads(place.read_text(encoding="utf-8"))
     except FileNotFoundError:
         pass
-    done = subprocess.run(
-        [sys.executable, "-m", WORKER], input=request.text, capture_output=True, text=True, check=False
-    )
-    if done.returncode == 2:
-        raise ValueError(done.stderr.strip().splitlines()[-1])
-    if done.returncode:
-        raise CompilerFailed(f"{request.task}: " + "\n".join(done.stderr.strip().splitlines()[-_LINES:]))
-    answer = json.loads(done.stdout.splitlines()[-1])
+    answer = workers.ask(request)
     place.parent.mkdir(parents=True, exist_ok=True)
     # Several may write the same answer; none is ever seen half written.
     half = place.with_name(f"{place.name}.{os.getpid()}")

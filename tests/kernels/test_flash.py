@@ -87,13 +87,15 @@ def test_any_length_and_narrow_heads(rng, length, width):
         np.testing.assert_allclose(left, right, atol=GRADIENT)
 
 
-@pytest.mark.parametrize("packed", [exhaustive(False), exhaustive(True)])
-def test_diagonal_in_parts(rng, packed):
+@pytest.mark.parametrize(
+    ("packed", "looped"), [exhaustive(False, False), exhaustive(True, False), slow(False, True), exhaustive(True, True)]
+)
+def test_diagonal_in_parts(rng, packed, looped):
     """Chunks as long as a query block: those on the diagonal are computed in parts, without what they cannot see."""
     q, k, v, d_out = draw(rng, (1, 768, 128), (2, 1))
     # A border in the middle of a block, one at its end: mixed chunks on the diagonal and off it.
     segments = jnp.asarray(np.repeat([[1, 1, 2, 3, 3, 3]], 128, axis=1), jnp.int32) if packed else None
-    forward, backward = Sizes(256, 768, 256), Sizes(256, 768, 256)
+    forward, backward = Sizes(256, 768, 256, looped=looped), Sizes(256, 768, 256)
     got, want = both(q, k, v, d_out, segments, Options(0.1, forward, backward, interpret("on_wait")))
     for left, right in zip(got, want, strict=True):
         np.testing.assert_allclose(left, right, atol=GRADIENT)

@@ -73,7 +73,18 @@ def _softmax_step(
 
 
 def _forward_kernel(
-    outer_ref, inner_ref, bits_ref, q_ref, k_ref, v_ref, *refs, groups: int, scale: float, chunk: int, segmented: bool
+    outer_ref,
+    inner_ref,
+    bits_ref,
+    q_ref,
+    k_ref,
+    v_ref,
+    *refs,
+    groups: int,
+    scale: float,
+    chunk: int,
+    looped: bool,
+    segmented: bool,
 ):  # noqa: ANN001, ANN202
     (seg_q_ref, seg_k_ref), refs = (refs[:2], refs[2:]) if segmented else ((None, None), refs)
     o_ref, *lse_refs, m_ref, l_ref, acc_ref = refs
@@ -113,15 +124,17 @@ def _forward_kernel(
         for first in range(0, chunk, size):
             take_masked(start, first + size, first=first, count=size)
 
-    @pl.when(bits & FULL != 0)
-    def _() -> None:
-        take(slice(None))
+    start, count = whole_chunks(bits)
+    if looped:
+        each = lambda index, _: take(pl.ds(pl.multiple_of(index * chunk, chunk), chunk))  # noqa: E731
+        jax.lax.fori_loop(start, start + count, each, None)
+    else:
+        pl.when(bits & FULL != 0)(lambda: take(slice(None)))
 
     @pl.when((bits != 0) & (bits & FULL == 0))
     def _() -> None:
-        start, count = whole_chunks(bits)
-        pieces = 1
-        while 2 * pieces * chunk < block_kv:
+        pieces = 0 if looped else 1
+        while 0 < 2 * pieces * chunk < block_kv:
             pieces *= 2
         while pieces:
 
@@ -172,12 +185,27 @@ def visit(bits_ref: jax.Array) -> tuple[jax.Array, ...]:
 
 
 class Sizes(NamedTuple):
-    """Tile sizes: queries and keys a block, keys a chunk of a partly visible block, lists of visits (one a core)."""
+    """Tile sizes.
+
+    Attributes:
+        block_q: Queries a block.
+        block_kv: Keys a block.
+        chunk: Keys a chunk of a partly visible block.
+        parts: Lists of visits, one a core.
+        looped: Of the forward: chunks that are visible throughout come one after another, rather than all that there
+            are at once. A third of the time to compile, and as many cycles where it is the matrix unit that binds.
+    """
 
     block_q: int
     block_kv: int
     chunk: int
     parts: int = 1
+    looped: bool = False
+
+    @property
+    def lists(self) -> dict[str, Any]:
+        """What `plan_steps` asks."""
+        return {"block_q": self.block_q, "block_kv": self.block_kv, "chunk": self.chunk, "parts": self.parts}
 
 
 def flash_forward(
@@ -214,7 +242,7 @@ def flash_forward(
     B, T, N, H = q.shape
     K = k.shape[2]
     G = N // K
-    steps = plan_steps(T, segment_ids, **sizes._asdict(), query_ids=query_ids, deal=deal)
+    steps = plan_steps(T, segment_ids, **sizes.lists, query_ids=query_ids, deal=deal)
     block_q, block_kv = sizes.block_q, sizes.block_kv
     shared = jnp.shape(steps.bits)[0] == 1
     at = lambda ref, b, p, i: ref[0 if shared else b, p, i]  # noqa: E731
@@ -236,7 +264,12 @@ def flash_forward(
             jnp.broadcast_to(segment_ids[:, None], (B, 8, T)),
         ]
     kernel = functools.partial(
-        _forward_kernel, groups=G, scale=scale, chunk=sizes.chunk, segmented=segment_ids is not None
+        _forward_kernel,
+        groups=G,
+        scale=scale,
+        chunk=sizes.chunk,
+        looped=sizes.looped,
+        segmented=segment_ids is not None,
     )
     out_specs = [pl.BlockSpec((None, block_q, G * H), query)]
     out_shape = [jax.ShapeDtypeStruct((B, T, N * H), q.dtype)]

@@ -196,7 +196,7 @@ def flash_backward(
     B, T, N, H = q.shape
     K = k.shape[2]
     G = N // K
-    steps = plan_steps(T, segment_ids, **sizes._asdict(), by_key=True, query_ids=query_ids, deal=deal)
+    steps = plan_steps(T, segment_ids, **sizes.lists, by_key=True, query_ids=query_ids, deal=deal)
     block_q, block_kv = sizes.block_q, sizes.block_kv
     shared = jnp.shape(steps.bits)[0] == 1
     at = lambda ref, b, p, i: ref[0 if shared else b, p, i]  # noqa: E731
