@@ -9,11 +9,12 @@ from tools import gpu_peer
 from tools.bench_gpu import Bench, compare, measure, our_logits, parse, report
 
 TINY = (
-    "--device cpu --dtype float32 --tiny --layers 2 --requests 3 --batch 2 --prompt 40 --longest 6 --chunk 32 "
+    "--device cpu --dtype float32 --tiny --layers 1 --requests 3 --batch 2 --prompt 40 --longest 6 --chunk 32 "
     "--stream 20 --rank 2 --accumulation 1 --rows 1 --row-length 24 --steps 2"
 ).split()
 
 
+@pytest.mark.slow
 def test_weights_drawn_by_torch_give_the_same_logits():
     bench = Bench.of(parse(TINY))
     model = gpu_peer.random_model(bench.config, "float32", "cpu")
