@@ -24,7 +24,7 @@ LENGTHS = (1, 2, 5, 16, 17, 33, 50, 64)
 MESHES = [
     MeshConfig(),
     pytest.param(MeshConfig(data=8), marks=[pytest.mark.slow, pytest.mark.exhaustive]),
-    pytest.param(MeshConfig(tensor=8), marks=pytest.mark.slow),
+    pytest.param(MeshConfig(tensor=8), marks=[pytest.mark.slow, pytest.mark.exhaustive]),
     MeshConfig(data=2, fsdp=2, tensor=2),
 ]
 
@@ -160,8 +160,10 @@ def test_every_mesh_gives_the_same_tokens(
 @pytest.mark.parametrize(
     "sizes",
     [
-        pytest.param({"max_sequences": 1, "max_prefill_sequences": 1}, marks=pytest.mark.slow),
-        pytest.param({"page_size": 4, "prefill_chunk": 7}, marks=pytest.mark.slow),
+        *(
+            pytest.param(sizes, marks=[pytest.mark.slow, pytest.mark.exhaustive])
+            for sizes in ({"max_sequences": 1, "max_prefill_sequences": 1}, {"page_size": 4, "prefill_chunk": 7})
+        ),
         {"num_pages": 24, "page_size": 4, "prefix_cache": False},
     ],
     ids=str,

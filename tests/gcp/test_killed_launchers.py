@@ -134,7 +134,8 @@ def story(launchers: Launchers, bucket: Bucket, directory: Path, kill: int, *, b
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_seeded_points(tmp_path, monkeypatch):
+@pytest.mark.parametrize("points", [6, pytest.param(20, marks=pytest.mark.exhaustive)])
+def test_killed_at_seeded_points(tmp_path, monkeypatch, points):
     """The launcher's own code is not touched: the server kills it at the request, before or after it takes effect."""
     monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     chance = random.Random(0)
@@ -145,7 +146,7 @@ def test_killed_at_twenty_seeded_points(tmp_path, monkeypatch):
         try:
             whole = story(launchers, bucket, tmp_path / "whole", 100_000, before=True)
             assert whole >= 20
-            for number in range(20):
+            for number in range(points):
                 kill, before = chance.randrange(1, whole), chance.random() < 0.5
                 story(launchers, bucket, tmp_path / f"job{number}", kill, before=before)
         finally:

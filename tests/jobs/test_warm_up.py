@@ -42,6 +42,8 @@ def test_the_job_says_how_many_how_long_and_where(checkpoint: str, caplog: pytes
     assert "s; compile cache: " in caplog.messages[-1]
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_what_is_ready_is_counted_once(checkpoint: str) -> None:
     engine = Engine.from_checkpoint(checkpoint, mesh=MeshConfig(), config=ENGINE)
     compile_programs(engine)

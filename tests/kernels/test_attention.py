@@ -18,6 +18,10 @@ TOLERANCE = 2e-6
 GPU = Target("gpu", "NVIDIA H200")
 
 
+def exhaustive(*case):
+    return pytest.param(*case, marks=[pytest.mark.slow, pytest.mark.exhaustive])
+
+
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("block_q", [None, 16])
 def test_attention_equals_brute_force(heads, block_q, rng):
@@ -68,7 +72,7 @@ def test_paged_attention_mixes_decode_and_prefill(heads, page, rng):
 
 @pytest.mark.parametrize(
     ("heads", "dtype"),
-    [((5, 1), "bfloat16"), ((10, 2), "int8"), ((4, 4), "float8_e4m3fn"), ((10, 2), "float8_e5m2")],
+    [((5, 1), "bfloat16"), ((10, 2), "int8"), ((4, 4), "float8_e4m3fn"), exhaustive((10, 2), "float8_e5m2")],
 )
 def test_paged_attention_over_narrow_caches(heads, dtype, rng):
     batch = make_batch(rng, [(130, True), (7, True)], [(3, 9), (120, 24)], heads=heads, page=128, dtype=dtype)

@@ -73,13 +73,13 @@ BATCHES = [
             slow(heads, dtype, mode, parts)
             for heads, dtype, mode, parts in [
                 ((5, 1), "int8", "eager", 1),
-                ((7, 1), "bfloat16", "on_wait", 1),
-                ((5, 1), "float8_e4m3fn", "on_wait", 1),
             ]
         ),
         *(
             pytest.param(*case, marks=[pytest.mark.slow, pytest.mark.exhaustive])
             for case in [
+                ((7, 1), "bfloat16", "on_wait", 1),
+                ((5, 1), "float8_e4m3fn", "on_wait", 1),
                 ((10, 2), "float32", "on_wait", 2),
                 ((40, 8), "float32", "eager", 1),
                 ((10, 2), "int8", "on_wait", 1),
@@ -95,7 +95,7 @@ def test_kernel_equals_float64(rng, heads, dtype, mode, parts):
     assert not races_found()
 
 
-@pytest.mark.parametrize("parts", [1, slow(2)])
+@pytest.mark.parametrize("parts", [1, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.exhaustive])])
 def test_one_very_long_row_among_short_ones(rng, parts):
     """Positions beyond 32,767, where 16 bits end, and one row that both cores share."""
     decode = [(3, True), (33_100, True), (70, True)]

@@ -125,12 +125,11 @@ def test_accumulation_does_not_change_gradients(tiny_config, params, segments, s
 MESHES = [
     *(
         pytest.param(MeshConfig(**axes), marks=[pytest.mark.slow, pytest.mark.exhaustive])
-        for axes in ({"data": 2}, {"data": 8})
+        for axes in ({"data": 2}, {"data": 8}, {"context": 8})
     ),
     pytest.param(MeshConfig(fsdp=8), marks=pytest.mark.slow),
     MeshConfig(tensor=8),
     MeshConfig(data=2, fsdp=2, tensor=2),
-    pytest.param(MeshConfig(context=8), marks=pytest.mark.slow),
     MeshConfig(fsdp=2, context=2, tensor=2),
 ]
 
@@ -142,7 +141,10 @@ def test_the_mesh_does_not_change_gradients(tiny_config, params, segments, singl
 
 @pytest.mark.parametrize(
     "mesh",
-    [pytest.param(MeshConfig(tensor=8), marks=pytest.mark.slow), MeshConfig(data=2, fsdp=2, tensor=2)],
+    [
+        pytest.param(MeshConfig(tensor=8), marks=[pytest.mark.slow, pytest.mark.exhaustive]),
+        MeshConfig(data=2, fsdp=2, tensor=2),
+    ],
     ids=["8", "2x2x2"],
 )
 def test_a_vocabulary_that_the_tensor_axis_cuts_does_not_change_gradients(tiny_config, params, segments, mesh):
