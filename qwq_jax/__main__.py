@@ -2,8 +2,8 @@
 
 Exit codes: 0 done; 2 bad input, told in one sentence; 42 interrupted with everything saved, run it again; 1 otherwise.
 
-Each verb imports its job inside its function. Nowhere else does this package import late; here it keeps ``--help`` and
-every mistyped option from waiting for JAX to load.
+Each verb imports its job inside its function: that keeps ``--help`` and every mistyped option from waiting for JAX to
+load.
 """
 
 import errno
@@ -107,6 +107,8 @@ def check_words(verb: str, words: Sequence[str]) -> None:
         ValueError: The verb would refuse these words, in its own.
     """
     command: Any = typer.main.get_command(app)
+    if verb not in command.commands:
+        raise ValueError(f"{verb}: no such command")
     try:
         with command.make_context("qwq-jax", [verb, *words]) as context:
             command.get_command(context, verb).make_context(verb, list(words), parent=context)

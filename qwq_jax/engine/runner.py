@@ -33,6 +33,8 @@ _GROWTH, _GROWTH_ON_CPU = 8, 2
 _WINDOW = 16
 # There the compiler copies weights that a loop reads into another tiling, all of them: a call draws one token.
 _NO_LOOP = "TPU7x"
+# Programs, each of which takes some GB of the host while it is compiled.
+_COMPILE_AT_ONCE = 8
 
 
 class DeviceRunner:
@@ -96,13 +98,13 @@ class DeviceRunner:
             self._cache = self._new_cache()
 
     def warm_up(self, programs: Iterable[Program], progress: Callable[[int], None] = lambda done: None) -> None:
-        """Compile programs ahead of need, one a processor at a time; `progress` is told how many are ready."""
+        """Compile programs ahead of need, several at a time; `progress` is told how many are ready."""
         wanted = list(dict.fromkeys(programs))
         missing = [program for program in wanted if program not in self._programs]
         for ready in range(1, len(wanted) - len(missing) + 1):
             progress(ready)
         # Tracing is Python's and goes on in this thread; the compiler leaves Python to the others while it works.
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, _COMPILE_AT_ONCE)) as pool:
             try:
                 running = {pool.submit(self._lowered(program).compile): program for program in missing}
                 for ready, future in enumerate(as_completed(running), start=len(wanted) - len(missing) + 1):

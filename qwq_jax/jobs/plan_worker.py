@@ -1,7 +1,7 @@
 """One process of `plan`: reads requests from its input, a line each, asks the TPU compiler, and writes JSON lines.
 
-Started by `qwq_jax.plan.compiler`. A line is ``{"answer": ...}``, or ``{"refused": "why"}`` in one sentence if the job
-cannot be compiled so.
+Started by `qwq_jax.plan.compiler` with a directory for what libtpu writes. A line is ``{"answer": ...}``, or
+``{"refused": "why"}`` in one sentence if the job cannot be compiled so.
 """
 
 import gc
@@ -9,7 +9,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -42,15 +41,15 @@ def main() -> int:
     lines = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     gc.freeze()  # all that was imported stays, and need not be looked through again and again
-    with tempfile.TemporaryDirectory() as folder:
-        runtime.compile_for_tpus(dump=Path(folder))
-        for line in sys.stdin:
-            request = json.loads(line)
-            try:
-                found = {"answer": answer_request(request["job"], request["task"], Path(folder))}
-            except ValueError as error:
-                found = {"refused": str(error).splitlines()[-1]}
-            print(json.dumps(found), file=lines, flush=True)
+    folder = Path(sys.argv[1])
+    runtime.compile_for_tpus(dump=folder)
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            found = {"answer": answer_request(request["job"], request["task"], folder)}
+        except ValueError as error:
+            found = {"refused": (str(error).splitlines() or [repr(error)])[-1]}
+        print(json.dumps(found), file=lines, flush=True)
     return 0
 
 

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def look_up(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
@@ -12,8 +13,8 @@ def look_up(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
     They are cast before they are gathered, so that devices which share a table exchange, and the compiler orders, half
     as many bytes of a float32 table that is computed with in 16 bits. The sums of its gradient keep the table's dtype.
     """
-    if table.dtype == dtype:
-        return _gather(table, tokens)
+    if jnp.dtype(dtype).itemsize >= table.dtype.itemsize:
+        return _gather(table, tokens).astype(dtype)
     return _cast_first(table, tokens, dtype, (table.shape, table.dtype))
 
 

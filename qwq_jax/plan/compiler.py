@@ -95,10 +95,12 @@ class _Worker:
     """One process: a line with a request goes in, and a line with its answer comes out."""
 
     def __init__(self) -> None:
+        # Of this process, because that one is killed: what it writes there must not outlive it.
+        self._folder = tempfile.TemporaryDirectory()
         # What a compiler complains of would fill a pipe that nobody reads.
         self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  closed by `end`
         self._process = subprocess.Popen(
-            [sys.executable, "-m", WORKER],
+            [sys.executable, "-m", WORKER, self._folder.name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._complaints,
@@ -107,23 +109,30 @@ class _Worker:
 
     def ask(self, request: Request) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
+        told = os.fstat(self._complaints.fileno()).st_size  # of the requests before
         try:
             self._process.stdin.write(request.text + "\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
         except BrokenPipeError:  # it ended while nothing was asked
             line = ""
-        if line:
-            return json.loads(line)
-        self._process.wait()
-        self._complaints.seek(0)
+        if line.endswith("\n"):
+            try:
+                return json.loads(line)
+            except json.JSONDecodeError:
+                self._process.kill()
+                raise CompilerFailed(f"{request.task}: its process said {line.strip()!r}, which is no answer") from None
+        code = self._process.wait()
+        self._complaints.seek(told)
         lines = self._complaints.read().decode(errors="replace").strip().splitlines()
-        raise CompilerFailed(f"{request.task}: " + "\n".join(lines[-_LINES:]))
+        how = f"ended by signal {-code}, which for lack of memory is 9" if code < 0 else f"ended with code {code}"
+        raise CompilerFailed("\n".join([f"{request.task}: the process that compiled {how}", *lines[-_LINES:]]))
 
     def end(self) -> None:
         self._process.kill()
         self._process.communicate()
         self._complaints.close()
+        self._folder.cleanup()
 
 
 def answer_all(

@@ -92,23 +92,34 @@ def test_what_a_gpu_computes_at_once_gives_the_same(chunks, rng):
 
 
 @pytest.mark.parametrize(
-    ("rows", "segments", "dtype", "chosen"),
+    ("rows", "length", "segments", "dtype", "chosen"),
     [
-        (1, False, jnp.bfloat16, "cudnn"),
-        (1, True, jnp.bfloat16, "cudnn"),
-        (3, True, jnp.bfloat16, "reference"),
-        (3, False, jnp.bfloat16, "cudnn"),
-        (1, True, jnp.float32, "reference"),
+        (1, 8192, False, jnp.bfloat16, "cudnn"),
+        (1, 8192, True, jnp.bfloat16, "cudnn"),
+        (3, 8192, True, jnp.bfloat16, "reference"),
+        (3, 8192, False, jnp.bfloat16, "cudnn"),
+        (1, 8192, True, jnp.float32, "reference"),
+        (1, 191, True, jnp.bfloat16, "reference"),  # cuDNN has no gradient of a mask of odd length
+        (1, 191, False, jnp.bfloat16, "cudnn"),
     ],
 )
-def test_a_gpu_takes_cudnn_while_the_mask_is_small(rows, segments, dtype, chosen, monkeypatch):
-    length, taken = 8192, []
+def test_a_gpu_takes_cudnn_where_its_mask_is_small_and_even(rows, length, segments, dtype, chosen, monkeypatch):
+    taken = []
     monkeypatch.setattr(dispatch, "_cudnn", lambda q, *_: taken.append("cudnn") or q)
     monkeypatch.setattr(reference, "attention", lambda q, *_, **__: taken.append("reference") or (q, q))
     q, k = (jax.ShapeDtypeStruct((rows, length, n, 128), dtype) for n in (10, 2))
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32) if segments else None
     jax.eval_shape(partial(attention, scale=1.0, target=GPU), q, k, k, ids)
     assert taken == [chosen]
+
+
+@pytest.mark.parametrize(("length", "block_q"), [(2048, 512), (191, 48), (16_384, None)])
+def test_a_gpu_s_blocks_are_few_while_their_scores_are(length, block_q, monkeypatch):
+    found = []
+    monkeypatch.setattr(reference, "attention", lambda q, *_, block_q, **__: found.append(block_q) or (q, q))
+    q, k = (jax.ShapeDtypeStruct((2, length, n, 128), jnp.float32) for n in (40, 8))
+    jax.eval_shape(partial(attention, scale=1.0, target=GPU), q, k, k)
+    assert found == [block_q]
 
 
 @pytest.mark.parametrize("before", [0, 126, 127, 128, 254, 255, 256, 400])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,12 @@ for line in sys.stdin:
         case "broken":
             print("Traceback\nKeyError: 'rows'", file=sys.stderr)
             sys.exit(1)
+        case "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "garbage":
+            print("a warning where an answer should be", flush=True)
+            continue
         case task:
+            (Path(sys.argv[1]) / "dump").write_text(task)
             found = {"answer": {"task": task, "process": os.getpid()}}
     print(json.dumps(found), flush=True)

@@ -1,5 +1,6 @@
 """Processes that compile: what they answer is kept, what they refuse is said."""
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,30 @@ def test_what_a_process_refuses_is_one_sentence_and_not_kept(tmp_path: Path) -> 
 def test_a_process_that_fails_is_no_answer(tmp_path: Path) -> None:
     with pytest.raises(CompilerFailed, match="Traceback\nKeyError: 'rows'"):
         ask(tmp_path, "broken")
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("killed", "killed: the process that compiled ended by signal 9, which for lack of memory is 9"),
+        ("broken", "broken: the process that compiled ended with code 1\nnoise of a compiler\nTraceback"),
+        ("garbage", "garbage: its process said 'a warning where an answer should be', which is no answer"),
+    ],
+)
+def test_what_ended_a_process_is_told_and_nothing_of_the_requests_before(tmp_path: Path, task: str, said: str) -> None:
+    with Workers(1) as workers:
+        workers.ask(*requests_of(tmp_path, "one"))
+        with pytest.raises(CompilerFailed, match=f"^{said}"):
+            workers.ask(*requests_of(tmp_path, task))
+
+
+def test_what_processes_write_goes_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    ask(tmp_path, "one", "two")
+    with pytest.raises(CompilerFailed):
+        ask(tmp_path, "three", "killed")
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_a_process_answers_one_request_after_another(tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ class Target(NamedTuple):
 CPU = Target()
 # Masks of segments that are worth their memory on a GPU: 16 bits for each pair of tokens of a row.
 _LARGEST_MASK = 2**28
+# Bytes of scores in float32 that the reference may have at once there.
+_MOST_SCORES = 2**30
 
 
 class QueryShard(NamedTuple):
@@ -94,7 +96,7 @@ def attention(
     """
     chosen = _choose(implementation, target)
     mask_bytes = 0 if segment_ids is None else 2 * q.shape[0] * q.shape[1] ** 2
-    if implementation is Implementation.AUTO and _cudnn_serves(q, target) and shard is None:
+    if implementation is Implementation.AUTO and _cudnn_serves(q, target, segment_ids) and shard is None:
         chosen = Implementation.CUDNN if mask_bytes <= _LARGEST_MASK else chosen
     if chosen is Implementation.CUDNN:
         return _cudnn(q, k, v, segment_ids, scale, target)
@@ -117,8 +119,7 @@ def attention_with_lse(
     ids, shards = (None, 1) if shard is None else shard
     chosen = _choose(implementation, target)
     if chosen is Implementation.REFERENCE:
-        # Each block of queries is compiled on its own, which takes long for a GPU.
-        block_q = -(-q.shape[1] // 4) if target.platform == "gpu" else None
+        block_q = _gpu_block(q) if target.platform == "gpu" else None
         return reference.attention(q, k, v, segment_ids, scale=scale, query_ids=ids, block_q=block_q)
     if chosen is not Implementation.PALLAS:
         raise ValueError(f"attention by {chosen.value} gives no log-sum-exp: use pallas or reference")
@@ -209,18 +210,29 @@ def _need_tpu(target: Target) -> None:
         raise ValueError(f"the Pallas kernels are for TPU, not for {target.platform}; use implementation reference")
 
 
-def _cudnn_serves(q: jax.Array, target: Target) -> bool:
+def _gpu_block(q: jax.Array) -> int | None:
+    """Queries that the reference takes at once on a GPU; None for its own choice.
+
+    Each block is compiled on its own, which takes long there: a quarter of the row, while its scores are few.
+    """
+    B, T, N, _ = q.shape
+    quarter = -(-T // 4)
+    return quarter if 4 * B * N * quarter * T <= _MOST_SCORES else None
+
+
+def _cudnn_serves(q: jax.Array, target: Target, segment_ids: jax.Array | None) -> bool:
     narrow = q.dtype in (jnp.bfloat16, jnp.float16)
-    return target.platform == "gpu" and narrow and q.shape[3] <= LANES and q.shape[3] % 8 == 0
+    whole = segment_ids is None or q.shape[1] % 2 == 0  # of rows with a mask, odd ones are not trained on
+    return target.platform == "gpu" and narrow and whole and q.shape[3] <= LANES and q.shape[3] % 8 == 0
 
 
 def _cudnn(
     q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, scale: float, target: Target
 ) -> jax.Array:
-    if not _cudnn_serves(q, target):
+    if not _cudnn_serves(q, target, segment_ids):
         raise ValueError(
-            f"cuDNN attention needs a GPU, 16-bit inputs and heads of a multiple of 8 up to {LANES}, not "
-            f"{target.platform}, {q.dtype} and {q.shape[3]}"
+            f"cuDNN attention needs a GPU, 16-bit inputs, heads of a multiple of 8 up to {LANES} and, with segments, "
+            f"rows of even length, not {target.platform}, {q.dtype}, {q.shape[3]} and {q.shape[1]}"
         )
     mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None])[:, None]
     return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=True, implementation="cudnn")

@@ -37,7 +37,7 @@ class Blocks(NamedTuple):
 # On a CPU: few enough bytes to stay in a core's cache, many enough to be worth a turn.
 CPU_BLOCKS = Blocks(decode_bytes=2**19, decode_pages=16, chunk_queries=32, chunk_keys=64)
 # On a GPU each turn of a loop waits for the host, so that there is one for all rows of an engine's usual sizes.
-GPU_BLOCKS = Blocks(decode_bytes=2**30, decode_pages=16, chunk_queries=256, chunk_keys=1024)
+GPU_BLOCKS = Blocks(decode_bytes=2**28, decode_pages=16, chunk_queries=256, chunk_keys=1024)
 
 
 def attention(
@@ -113,8 +113,9 @@ def _attend_decode(
     """Rows of one query each, q `[B, N, H]`, the last token of its row.
 
     The pages in use, of all rows, are one list, and a loop takes some at a time, as `blocks` says: time goes by tokens
-    in the cache, not by the longest row, and what was read is still in the core's cache when it is used. Each page
-    gives a maximum, a sum and a weighted value, which its row joins at the end (as in arXiv 1805.02867).
+    in the cache, not by the longest row, and what was read is still in the core's cache when it is used. Where one turn
+    holds all pages that there may be, there is no loop, and time goes by those. Each page gives a maximum, a sum and a
+    weighted value, which its row joins at the end (as in arXiv 1805.02867).
 
     Returns:
         Output `[B, N, H]` and log-sum-exp `[B, N]`, float32.
