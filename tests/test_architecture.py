@@ -72,13 +72,11 @@ NO_JAX = (
 )
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 
-# Imports inside a function: of packages that may be absent, at the edge that needs them, or that bring in what takes
-# seconds (tensorboardX: torch, where there is one).
+# Imports inside a function: of packages that may be absent, at the edge that needs them.
 OPTIONAL = {
     "rl/rewards/": {"math_verify", "reasoning_gym"},
     "rl/tasks.py": {"reasoning_gym"},
     "checkpoint/gguf.py": {"gguf"},
-    "train/metrics.py": {"tensorboardX"},
 }
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manager", "core", "tools"}
 

@@ -119,13 +119,12 @@ class Engine:
         """Compile what requests without rarer wishes need, so that none of them has to wait for it.
 
         Args:
-            progress: Told how many programs are ready, of how many; at first that none is.
+            progress: Told how many programs are ready, of how many; at first those that were before.
 
         Returns:
             How many programs.
         """
         programs = usual_programs(self._shape)
-        progress(0, len(programs))
         self.runner.warm_up(programs, lambda done: progress(done, len(programs)))
         return len(programs)
 

@@ -1,7 +1,7 @@
 """The device side of the engine: the compiled programs, and the cache and parameters that they work on."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from typing import Any
@@ -97,22 +97,20 @@ class DeviceRunner:
         if self._cache is None:
             self._cache = self._new_cache()
 
-    def warm_up(self, programs: Iterable[Program], progress: Callable[[int], None] = lambda done: None) -> None:
+    def warm_up(self, programs: tuple[Program, ...], progress: Callable[[int], None] = lambda done: None) -> None:
         """Compile programs ahead of need, several at a time; `progress` is told how many are ready."""
-        wanted = list(dict.fromkeys(programs))
-        missing = [program for program in wanted if program not in self._programs]
-        for ready in range(1, len(wanted) - len(missing) + 1):
-            progress(ready)
+        missing = [program for program in programs if program not in self._programs]
+        ready = len(programs) - len(missing)
+        progress(ready)
         # Tracing is Python's and goes on in this thread; the compiler leaves Python to the others while it works.
         with ThreadPoolExecutor(min(os.cpu_count() or 1, _COMPILE_AT_ONCE)) as pool:
             try:
                 running = {pool.submit(self._lowered(program).compile): program for program in missing}
-                for ready, future in enumerate(as_completed(running), start=len(wanted) - len(missing) + 1):
+                for done, future in enumerate(as_completed(running), start=1):
                     self._programs[running[future]] = future.result()
-                    progress(ready)
-            except BaseException:
+                    progress(ready + done)
+            finally:  # of what failed or was interrupted, the rest is not begun
                 pool.shutdown(cancel_futures=True)
-                raise
 
     def _compiled(self, program: Program) -> Any:
         if program not in self._programs:

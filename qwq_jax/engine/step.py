@@ -4,7 +4,7 @@ numpy only.  Every array has a leading replica axis `R`.  A step has `D` decode 
 sequence with row d, and `Bp` rows for chunks of prompts, which lie back to back in `Tp` flat positions.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -211,7 +211,7 @@ class Runner(Protocol):
         """How many programs it has compiled."""
         ...
 
-    def warm_up(self, programs: Iterable[Program], progress: Callable[[int], None]) -> None:
+    def warm_up(self, programs: tuple[Program, ...], progress: Callable[[int], None]) -> None:
         """Compile programs ahead of need; `progress` is told how many are ready."""
         ...
 

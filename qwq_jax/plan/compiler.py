@@ -14,6 +14,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -80,11 +81,10 @@ class Workers:
             worker = self._idle.pop()
         except IndexError:
             worker = _Worker()
-        try:
+        with ExitStack() as failing:
+            failing.callback(worker.end)
             found = worker.ask(request)
-        except BaseException:
-            worker.end()
-            raise
+            failing.pop_all()
         self._idle.append(worker)
         if "refused" in found:
             raise ValueError(found["refused"])
@@ -161,9 +161,8 @@ def answer_all(
             for done in as_completed(waiting):
                 answers[waiting[done]] = done.result()
                 progress(requests[waiting[done]])
-        except BaseException:
+        finally:  # of what failed or was interrupted, the rest is not begun
             pool.shutdown(cancel_futures=True)
-            raise
     return answers
 
 

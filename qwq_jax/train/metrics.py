@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Self
 
 from etils import epath
+from tensorboardX import SummaryWriter
 
 METRICS = "metrics.jsonl"
 
@@ -34,9 +35,6 @@ class MetricsLog:
         last_step = resume_step or -1
         truncate_records(self.path, last_step=last_step)
         self._file = self.path.open("a", encoding="utf-8")
-        # Its import takes seconds where torch is installed, which most that import this module need not wait for.
-        from tensorboardX import SummaryWriter
-
         self._events = SummaryWriter(str(self._local / "tensorboard"), purge_step=last_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

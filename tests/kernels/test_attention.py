@@ -10,16 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwq_jax.kernels.attention import Target, attention, dispatch, paged_attention, reference
+from tests.kernels.cases import exhaustive
 from tests.kernels.ragged_batches import brute_force, check, held, make_batch
 
 HEADS = [(4, 4), (5, 1), (10, 2), (7, 1)]
 # float32 sums of a few hundred terms of size 1.
 TOLERANCE = 2e-6
 GPU = Target("gpu", "NVIDIA H200")
-
-
-def exhaustive(*case):
-    return pytest.param(*case, marks=[pytest.mark.slow, pytest.mark.exhaustive])
 
 
 @pytest.mark.parametrize("heads", HEADS)

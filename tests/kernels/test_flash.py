@@ -16,21 +16,12 @@ from qwq_jax.kernels.attention.flash import Sizes
 from qwq_jax.kernels.attention.flash_vjp import Options, flash_attention
 from qwq_jax.kernels.attention.steps import FIRST, FULL, LAST, PADDING, Deal, is_mixed, plan_steps, whole_chunks
 from qwq_jax.sharding import zigzag
+from tests.kernels.cases import exhaustive, slow
 
 # float32 sums of some hundred terms of size 1; gradients sum as many again.
 OUT, GRADIENT = 3e-6, 5e-5
 SMALL = Sizes(128, 256, 128)
 HEADS = [(5, 1), (7, 1), (10, 2)]
-
-
-def slow(*case):
-    """A case that takes many interpreted steps."""
-    return pytest.param(*case, marks=pytest.mark.slow)
-
-
-def exhaustive(*case):
-    """One that is near to others."""
-    return pytest.param(*case, marks=[pytest.mark.slow, pytest.mark.exhaustive])
 
 
 def interpret(mode: str) -> pltpu.InterpretParams:

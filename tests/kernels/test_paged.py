@@ -16,16 +16,13 @@ from qwq_jax.kernels.attention.paged_blocks import paged_sizes, smem_bytes
 from qwq_jax.kernels.attention.ragged import ragged_attention
 from qwq_jax.kernels.attention.stream import PagedSizes
 from qwq_jax.kernels.attention.tiles import cut_runs, make_tiles
+from tests.kernels.cases import exhaustive, slow
 from tests.kernels.ragged_batches import check, make_batch
 
 # Scores reach 20, and float32 rounds them by 1e-6: that much of a probability, and of outputs of size 4.
 TOLERANCE = 2e-5
 # Of bfloat16 results of size 4: 8 bits of mantissa in queries, probabilities and outputs.
 NARROW = 6e-2
-
-
-def slow(*case):
-    return pytest.param(*case, marks=pytest.mark.slow)
 
 
 def races_found() -> bool:
@@ -76,7 +73,7 @@ BATCHES = [
             ]
         ),
         *(
-            pytest.param(*case, marks=[pytest.mark.slow, pytest.mark.exhaustive])
+            exhaustive(*case)
             for case in [
                 ((7, 1), "bfloat16", "on_wait", 1),
                 ((5, 1), "float8_e4m3fn", "on_wait", 1),
@@ -95,7 +92,7 @@ def test_kernel_equals_float64(rng, heads, dtype, mode, parts):
     assert not races_found()
 
 
-@pytest.mark.parametrize("parts", [1, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.exhaustive])])
+@pytest.mark.parametrize("parts", [1, exhaustive(2)])
 def test_one_very_long_row_among_short_ones(rng, parts):
     """Positions beyond 32,767, where 16 bits end, and one row that both cores share."""
     decode = [(3, True), (33_100, True), (70, True)]

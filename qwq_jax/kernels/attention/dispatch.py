@@ -95,9 +95,9 @@ def attention(
         ValueError: The named implementation cannot serve this call, or its tiles do not fit the chip.
     """
     chosen = _choose(implementation, target)
-    mask_bytes = 0 if segment_ids is None else 2 * q.shape[0] * q.shape[1] ** 2
-    if implementation is Implementation.AUTO and _cudnn_serves(q, target, segment_ids) and shard is None:
-        chosen = Implementation.CUDNN if mask_bytes <= _LARGEST_MASK else chosen
+    small = segment_ids is None or 2 * q.shape[0] * q.shape[1] ** 2 <= _LARGEST_MASK
+    if implementation is Implementation.AUTO and _cudnn_serves(q, target, segment_ids) and small and shard is None:
+        chosen = Implementation.CUDNN
     if chosen is Implementation.CUDNN:
         return _cudnn(q, k, v, segment_ids, scale, target)
     return attention_with_lse(q, k, v, segment_ids, scale=scale, target=target, implementation=chosen, shard=shard)[0]
