@@ -5,6 +5,7 @@ math-verify reads LaTeX with a grammar, never with ``eval``: its way of reading 
 """
 
 import contextlib
+import itertools
 import logging
 import re
 import signal
@@ -20,6 +21,8 @@ from qwq_jax.rl.types import Reply, Score, Task
 _SHOWN = 80
 # Longer is no answer; reading time grows with the square of it.
 _LONGEST = 2000
+# Deeper is none either: the grammar reads 20 nested brackets in a second or two, and 100 in 45.
+_DEEPEST = 32
 # Of the seconds that the pool grants a reply, the part after which it is interrupted.
 _PATIENCE = 0.75
 # Letters that are a product to mathematics, whose factors may change places, but are a word to us.
@@ -54,6 +57,12 @@ def at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def _depth(latex: str) -> int:
+    """How many brackets of any kind are open at once, at most."""
+    steps = ((letter in "([{") - (letter in ")]}") for letter in latex)
+    return max(itertools.accumulate(steps), default=0)
+
+
 class MathReward:
     """1 where both are equal.
 
@@ -82,6 +91,8 @@ class MathReward:
             return Score(0.0, False, r"no \boxed{}")
         if len(boxed) > _LONGEST:
             return Score(0.0, False, f"{len(boxed)} characters are no answer")
+        if _depth(boxed) > _DEEPEST:
+            return Score(0.0, False, f"brackets {_depth(boxed)} deep are no answer")
         try:
             with at_most(self._seconds):
                 right = any(self._equal(answer, boxed) for answer in answers)

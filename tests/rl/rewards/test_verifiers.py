@@ -29,6 +29,7 @@ MATH = [
     ("42", "42", True),
     ("42", "42.0", True),
     ("42", "042", True),
+    ("42", "((((40 + 2))))", True),
     ("42", "42.", True),
     ("42", "$42$", True),
     ("42", r"\text{42}", True),
@@ -112,15 +113,17 @@ def test_mathematics(mathematics, known, written, right):
         "9^{9^{9^{9}}}",
         "9^9^9^9",
         pytest.param("(10^9)!", marks=pytest.mark.slow),
-        pytest.param("(" * 900 + "7" + ")" * 900, marks=pytest.mark.slow),
+        "(" * 900 + "7" + ")" * 900,
         "7" * 100_000,
         r"\frac" * 400,
     ],
 )
+# An interruption that a callback of the garbage collector lost is printed: the next one, a tenth of a second on, is not.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_what_cannot_be_computed_is_wrong_in_time(mathematics, written):
     started = time.monotonic()
     assert mathematics.score(task(answer="7"), reply(f"\\boxed{{{written}}}")).correct is False
-    assert time.monotonic() - started < 4.0
+    assert time.monotonic() - started < 10.0
 
 
 def test_a_limit_holds_where_an_interruption_is_lost():
