@@ -430,6 +430,14 @@ def plan(
     output: Annotated[Path | None, typer.Option(help="Directory for plan.json and plan.html.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Compilations at a time.")] = os.cpu_count() or 1,
     search: Annotated[bool, typer.Option("--search", help="Compile what is recommended too.")] = False,
+    machine_code: Annotated[
+        bool,
+        typer.Option(
+            "--machine-code",
+            help="Compile to the end, which takes three times as long: the size of programs is measured rather than "
+            "reserved, and what the last stage refuses is found.",
+        ),
+    ] = False,
     overrides: Set = None,
 ) -> None:
     """Compile a job for TPUs that are not here: memory, time and cost of each slice."""
@@ -448,6 +456,7 @@ def plan(
         workers,
         search,
         provisioning,
+        machine_code,
     )
     if output is not None and output.exists() and not output.is_dir():
         raise ValueError(f"--output {output}: expected a directory, and this is a file")

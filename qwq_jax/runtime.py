@@ -67,7 +67,7 @@ def start(*, simulate_devices: int | None = None, distributed: bool | Place = Fa
     hide_abandoned_reads()
 
 
-def compile_for_tpus(*, dump: Path) -> None:
+def compile_for_tpus() -> None:
     """Prepares JAX to compile for TPUs that are not here; before libtpu is loaded, which reads its settings once.
 
     This program sets no flag that decides what is compiled, here or on a TPU: those that others set to hide exchanges
@@ -75,16 +75,9 @@ def compile_for_tpus(*, dump: Path) -> None:
     ``_multiple_steps``, ``--xla_tpu_overlap_compute_collective_tc``, ``--xla_enable_async_all_gather``,
     ``--xla_tpu_enable_latency_hiding_scheduler``) leave a step of training as it is, with as many exchanges in the
     background and as much memory: they are libtpu 0.0.52's defaults. A user's own in ``LIBTPU_INIT_ARGS`` hold in both.
-
-    Args:
-        dump: Directory where libtpu writes the text of each program that it compiles, ``*hlo.txt``.
     """
-    # Of all that libtpu can write, nothing but that text: making the rest takes half as long again as compiling.
-    flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_pass_label_regex=none"
-    flags += " --xla_jf_dump_category_filter=program"
-    flags = f"{os.environ.get(_TPU_FLAGS, '')} {flags}".strip()
     # There is no TPU to ask what it is, and others may compile at the same time.
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true", _TPU_FLAGS: flags}
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
     jax.config.update("jax_platforms", "cpu")
 
 

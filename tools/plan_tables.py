@@ -192,6 +192,7 @@ def plans_of(asked: Asked) -> list[TopologyPlan]:
         output=None,
         store=runtime.plan_directory(),
         workers=os.cpu_count() or 1,
+        machine_code=True,
     )
     return make_plans(job, options)
 
@@ -202,7 +203,7 @@ def command(asked: Asked) -> str:
     words = ["qwq-jax plan", f"configs/{asked.config}", f"--model configs/models/{asked.model}.toml"]
     words += [f"--topology {','.join(asked.topologies)}", *(f"--set {word}" for word in asked.settings)]
     words += [f"--prompt-tokens {prompt} --completion-tokens {completion}"] if prompt else []
-    return " ".join(words)
+    return " ".join([*words, "--machine-code"])
 
 
 def table(asked: Asked) -> str:

@@ -29,7 +29,15 @@ from qwq_jax.jobs.plan_times import parts_of
 from qwq_jax.plan.chips import GB, USUAL_TOPOLOGIES, Topology, parse_topology
 from qwq_jax.plan.compiler import Request, Workers, answer_all, compilers, is_kept
 from qwq_jax.plan.cost import ProgramCost, with_slices
-from qwq_jax.plan.memory import INFERENCE_PHASES, RL_PHASES, SFT_PHASES, STATE, Memory, room_for_pages
+from qwq_jax.plan.memory import (
+    INFERENCE_PHASES,
+    RL_PHASES,
+    SFT_PHASES,
+    STATE,
+    Memory,
+    held_by_programs,
+    room_for_pages,
+)
 from qwq_jax.plan.page import write_page
 from qwq_jax.plan.result import TopologyPlan
 from qwq_jax.plan.search import (
@@ -62,6 +70,7 @@ class PlanOptions:
         store: Directory of what was compiled before.
         workers: Compilations at a time.
         search: Compile what is recommended too, rather than only name it.
+        machine_code: Compile to the end; otherwise only until memory is assigned, and programs have a reserve.
     """
 
     topologies: tuple[str, ...]
@@ -72,6 +81,7 @@ class PlanOptions:
     workers: int
     search: bool = False
     provisioning: str = "on-demand"
+    machine_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,9 +95,8 @@ class _Case:
     problem: str | None = None
     arrays: Mapping[str, Any] | None = None
 
-    def request(self, task: str, live: int = 0) -> Request:
-        described = self.job.described(self.topology.name)
-        return Request({**described, "live_tokens": live} if live else described, task)
+    def request(self, task: str, **more: Any) -> Request:
+        return Request({**self.job.described(self.topology.name), **more}, task)
 
 
 def plan(job: Job, options: PlanOptions) -> list[TopologyPlan]:
@@ -310,7 +319,8 @@ def _compiled(cases: Sequence[_Case], options: PlanOptions, compiler: _Compiler)
             live = _live_rows(case) * case.job.workload.live_tokens
             for name in program_names(case.job):
                 slots.append((index, name))
-                requests.append(case.request(name, live if name in ("decode", "prompts") else 0))
+                of_engine = {"live_tokens": live} if name in ("decode", "prompts") else {}
+                requests.append(case.request(name, **of_engine, machine_code=options.machine_code))
     answers = compiler.ask(requests, "programs")
     by_case: list[dict[str, dict[str, Any]]] = [{} for _ in cases]
     for (index, name), answer in zip(slots, answers, strict=True):
@@ -349,10 +359,9 @@ def _planned(case: _Case, found: Mapping[str, dict[str, Any]], options: PlanOpti
         # Without a separate program for gradients they are as large as the weights, a third of the state beside them.
         gradients = arrays["gradients"] or arrays["held"][STATE] // 3
         programs[name] = with_slices(programs[name], case.topology, gradients)
-    code = sum(cost.code * arrays["counts"].get(name, 1) for name, cost in programs.items())
     memory = Memory(
         usable=arrays["usable"],
-        held={**arrays["held"], "programs": code},
+        held={**arrays["held"], **held_by_programs(programs, arrays["counts"])},
         engine=arrays["engine"],
         gradients=arrays["gradients"],
         programs=programs,

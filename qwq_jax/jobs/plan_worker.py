@@ -2,17 +2,24 @@
 
 Started by `qwq_jax.plan.compiler` with a directory for what libtpu writes. A line is ``{"answer": ...}``, or
 ``{"refused": "why"}`` in one sentence if the job cannot be compiled so.
+
+Each request is answered by a copy of this process, which has imported all and has loaded nothing: what a plan reports
+is decided when memory has been assigned, and most of the time goes into the machine code after that. libtpu cannot be
+told to stop there, so the copy ends itself.
 """
 
 import gc
 import json
 import os
-import re
+import shutil
 import sys
+import time
+import traceback
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, NoReturn, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -27,51 +34,59 @@ from qwq_jax.jobs.plan_programs import Work, inference_work, rl_work, sft_work
 from qwq_jax.plan.chips import Topology, parse_topology
 from qwq_jax.plan.cost import ProgramCost
 from qwq_jax.plan.hlo import collectives, decode_round, matrix_flops, moved_bytes, parse
+from qwq_jax.plan.report import assigned_bytes, is_whole, too_large
 
-# What the compiler says of a program that a device cannot hold: the one of what it needs while it runs, the other of
-# what it is given.
-_USED = re.compile(r"Used ([\d.]+)([KMGT])?i?B? of ([\d.]+)([KMGT])?i?B? hbm")
-_EXCEEDS = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")
-_UNITS = {None: 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# What libtpu writes of a program when its memory is assigned, in this order.
+_ASSIGNMENT, _TEXT = "*after_optimizations-buffer-assignment.txt", "*after_optimizations_after_buffer_assignment.txt"
+_POLL = 0.1  # seconds
 
 
 def main() -> int:
-    """Answers requests until there are no more."""
+    """Answers requests until there are no more, or one of them fails: then it ends as that one did."""
     # Compilers and libraries print too: what they do goes where complaints go.
     lines = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    runtime.compile_for_tpus()
     gc.freeze()  # all that was imported stays, and need not be looked through again and again
     folder = Path(sys.argv[1])
-    runtime.compile_for_tpus(dump=folder)
     for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            _answer_and_end(line, folder, lines)
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
+            os.kill(os.getpid(), os.WTERMSIG(status))
+        if status:
+            return os.waitstatus_to_exitcode(status)
+    return 0
+
+
+def _answer_and_end(line: str, folder: Path, lines: TextIO) -> NoReturn:
+    """Writes the answer of a request; then the process ends at once, whatever the compiler is doing."""
+    try:
         request = json.loads(line)
         try:
             found = {"answer": answer_request(request["job"], request["task"], folder)}
         except ValueError as error:
             found = {"refused": (str(error).splitlines() or [repr(error)])[-1]}
         print(json.dumps(found), file=lines, flush=True)
-    return 0
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
 
 
 def answer_request(job: Mapping[str, Any], task: str, folder: Path) -> dict[str, Any]:
     """What a task asks of a job: ``device``, ``arrays``, or a program by name."""
+    devices = described_devices(parse_topology(job["topology"]))
     if task == "device":
-        return {"usable": usable_memory(described_devices(parse_topology(job["topology"])))}
-    job = dict(job)
-    live = job.pop("live_tokens", 0)
-    devices, work = _described(json.dumps(job, sort_keys=True))
+        return {"usable": usable_memory(devices)}
+    work = describe_work(job, devices)
     if task == "arrays":
         return measure_arrays(work, devices)
-    return measure_program(work, task, folder, live=live)
-
-
-@lru_cache(maxsize=1)
-def _described(job: str) -> tuple[Sequence[Any], Work]:
-    """The devices and the work of a job, kept for its next program."""
-    jax.clear_caches()  # of the job before
-    asked = json.loads(job)
-    devices = described_devices(parse_topology(asked["topology"]))
-    return devices, describe_work(asked, devices)
+    live, machine_code = job.get("live_tokens", 0), job.get("machine_code", False)
+    return measure_program(work, task, folder, live=live, machine_code=machine_code)
 
 
 def described_devices(topology: Topology) -> Sequence[Any]:
@@ -115,39 +130,58 @@ def measure_arrays(work: Work, devices: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def measure_program(work: Work, name: str, folder: Path, *, live: int) -> dict[str, Any]:
+def measure_program(work: Work, name: str, folder: Path, *, live: int, machine_code: bool) -> dict[str, Any]:
     """Compiles a program and reads what it does.
 
     Args:
         work: The job.
         name: Of the program.
-        folder: Where the compiler writes the program's text.
+        folder: Where the compiler writes what it has decided.
         live: Tokens in the pages that a step of the engine reads, of one replica.
+        machine_code: Whether the program is compiled to its end. Otherwise the compiler is still busy with that: the
+            caller ends the process.
 
     Returns:
         The fields of a `ProgramCost`; or, if it does not fit a device, ``{"used": bytes, "usable": bytes}``.
     """
     lowered = work.programs[name]()
-    for old in folder.glob("*"):
-        old.unlink()
+    shutil.rmtree(folder)
+    folder.mkdir()
     try:
-        compiled = lowered.compile()
+        compiled = _compiled(lowered, folder, machine_code=machine_code)
     except jax.errors.JaxRuntimeError as error:
-        used, usable = _too_large(error)
+        used, usable = too_large(error)
         return {"used": used, "usable": usable}
-    found = compiled.memory_analysis()
-    module = parse(max(folder.glob("*hlo.txt"), key=lambda path: path.stat().st_size).read_text())
+    temporaries, result = assigned_bytes(next(folder.glob(_ASSIGNMENT)).read_text())
+    module = parse(next(folder.glob(_TEXT)).read_text())
     # A window of decoding is a loop, of which one round is a token of each sequence.
     start = decode_round(module) if name == "decode" else "ENTRY"
     layer = _live_bytes(work, live) if name in ("decode", "prompts") else 0
     return ProgramCost(
-        temporaries=found.temp_size_in_bytes,
-        result=found.output_size_in_bytes - found.alias_size_in_bytes,
-        code=found.generated_code_size_in_bytes,
+        temporaries=temporaries,
+        result=result,
+        code=compiled.memory_analysis().generated_code_size_in_bytes if machine_code else None,
         flops=matrix_flops(module, start),
         moved=moved_bytes(module, start, layer),
         collectives=tuple(collectives(module, start)),
     ).to_json()
+
+
+def _compiled(lowered: Any, folder: Path, *, machine_code: bool) -> Any:
+    """The compiled program; without machine code, it is no program yet, but what was decided is in the folder."""
+    program: Future[Any] = Future()
+
+    def compile_on() -> None:
+        try:
+            options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+            program.set_result(lowered.compile(compiler_options=options))
+        except BaseException as error:
+            program.set_exception(error)
+
+    Thread(target=compile_on, daemon=True).start()
+    while not program.done() and (machine_code or not is_whole(next(folder.glob(_TEXT), None))):
+        time.sleep(_POLL)
+    return program.result() if program.done() else None
 
 
 def _live_bytes(work: Work, live: int) -> int:
@@ -159,15 +193,6 @@ def _live_bytes(work: Work, live: int) -> int:
     return int(token * live)
 
 
-def _too_large(error: Exception) -> tuple[int, int]:
-    """Bytes that a program wants of a device, and what it may have; anything but a lack of memory is raised again."""
-    found = _USED.search(str(error)) or _EXCEEDS.search(str(error))
-    if found is None:
-        raise error
-    used, usable = (int(float(found[i]) * _UNITS[found[i + 1]]) for i in (1, 3))
-    return used, usable
-
-
 def held_bytes(tree: Any) -> int:
     """What the arrays of a tree take on one device, tiling included: the arguments of a program that reads none.
 
@@ -176,7 +201,7 @@ def held_bytes(tree: Any) -> int:
     try:
         nothing = jax.jit(lambda tree: jnp.zeros(()), keep_unused=True).lower(tree).compile()
     except jax.errors.JaxRuntimeError as error:
-        return _too_large(error)[0]
+        return too_large(error)[0]
     found = nothing.memory_analysis()
     assert found is not None, "libtpu tells what a program needs"
     return found.argument_size_in_bytes
@@ -189,7 +214,7 @@ def usable_memory(devices: Sequence[Any]) -> int:
     try:
         jax.jit(lambda x: x + 1).lower(huge).compile()
     except jax.errors.JaxRuntimeError as error:
-        return _too_large(error)[1]
+        return too_large(error)[1]
     raise AssertionError("a terabyte fits")
 
 

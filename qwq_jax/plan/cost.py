@@ -26,7 +26,7 @@ class ProgramCost:
     Attributes:
         temporaries: Bytes that it takes beside its arguments and results.
         result: Bytes of results that take no argument's place.
-        code: Bytes of the program itself.
+        code: Bytes of the program itself; None where its machine code was not made.
         flops: Operations of its matrix products, those of attention included.
         moved: Bytes over HBM.
         collectives: What it exchanges with other devices.
@@ -34,7 +34,7 @@ class ProgramCost:
 
     temporaries: int
     result: int
-    code: int
+    code: int | None
     flops: float
     moved: int
     collectives: tuple[Collective, ...] = ()

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from qwq_jax.config.plan import Prices
 from qwq_jax.plan.chips import GB
+from qwq_jax.plan.memory import PROGRAMS, RESERVED
 from qwq_jax.plan.result import TopologyPlan
 
 _WIDTH = 160
@@ -111,7 +112,7 @@ def memory_rows(plan: TopologyPlan) -> Iterable[tuple[str, str]]:
     for name, size in memory.held.items():
         yield name, f"{size / GB:.2f}"
     for name, size in memory.engine.items():
-        yield name if memory.held.keys() == {"programs"} else f"{name}, while it draws", f"{size / GB:.2f}"
+        yield name if memory.held.keys() <= {PROGRAMS, RESERVED} else f"{name}, while it draws", f"{size / GB:.2f}"
     if memory.gradients:
         yield "gradients, while it learns", f"{memory.gradients / GB:.2f}"
     for name, cost in memory.programs.items():

@@ -118,7 +118,7 @@ def test_mathematics(mathematics, known, written, right):
         r"\frac" * 400,
     ],
 )
-# Where a callback of the garbage collector loses an interruption, Python prints it; the next comes a tenth of a second on.
+# What a callback of the garbage collector loses of an interruption is printed; the next one is a tenth of a second on.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_what_cannot_be_computed_is_wrong_in_time(mathematics, written):
     started = time.monotonic()
