@@ -16,9 +16,8 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Thread
 from typing import Any, NoReturn, TextIO
 
 import jax
@@ -71,9 +70,8 @@ def _answer_and_end(line: str, folder: Path, lines: TextIO) -> NoReturn:
             found = {"refused": (str(error).splitlines() or [repr(error)])[-1]}
         print(json.dumps(found), file=lines, flush=True)
         os._exit(0)
-    except BaseException:
+    finally:  # something failed
         traceback.print_exc()
-    finally:
         os._exit(1)
 
 
@@ -169,16 +167,8 @@ def measure_program(work: Work, name: str, folder: Path, *, live: int, machine_c
 
 def _compiled(lowered: Any, folder: Path, *, machine_code: bool) -> Any:
     """The compiled program; without machine code, it is no program yet, but what was decided is in the folder."""
-    program: Future[Any] = Future()
-
-    def compile_on() -> None:
-        try:
-            options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
-            program.set_result(lowered.compile(compiler_options=options))
-        except BaseException as error:
-            program.set_exception(error)
-
-    Thread(target=compile_on, daemon=True).start()
+    options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+    program = ThreadPoolExecutor(1).submit(lowered.compile, compiler_options=options)
     while not program.done() and (machine_code or not is_whole(next(folder.glob(_TEXT), None))):
         time.sleep(_POLL)
     return program.result() if program.done() else None

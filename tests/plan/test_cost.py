@@ -9,7 +9,7 @@ from qwq_jax.jobs.plan_worker import described_devices
 from qwq_jax.plan.chips import CHIPS, USUAL_TOPOLOGIES, parse_topology
 from qwq_jax.plan.cost import ProgramCost, attention_flops, axes_of, exchange_seconds, least_seconds
 from qwq_jax.plan.hlo import Collective
-from qwq_jax.plan.memory import INFERENCE_PHASES, Memory, room_for_pages
+from qwq_jax.plan.memory import INFERENCE_PHASES, PROGRAMS, RESERVED, Memory, held_by_programs, room_for_pages
 
 
 def cost(**fields) -> ProgramCost:
@@ -166,6 +166,13 @@ def test_phases_have_what_is_there_at_a_time() -> None:
 def test_pages_that_fit() -> None:
     empty = memory(engine={"weights": 200}, programs={"decode": cost(temporaries=10)}, phases=INFERENCE_PHASES)
     assert room_for_pages(empty, 100) == (1000 - 100 - 200 - 10) // 100
+
+
+def test_programs_take_their_code_or_a_reserve() -> None:
+    programs = {"decode": cost(code=3), "update": cost(code=5)}
+    assert held_by_programs(programs, {"decode": 4}) == {PROGRAMS: 4 * 3 + 5}
+    programs["update"] = cost(code=None)
+    assert held_by_programs(programs, {"decode": 4}) == {RESERVED: (4 * 32 + 128) << 20}
 
 
 @pytest.mark.filterwarnings("ignore")  # libtpu looks for the machine it is on, and says that there is none
