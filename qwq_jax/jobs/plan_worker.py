@@ -150,8 +150,8 @@ def measure_program(work: Work, name: str, folder: Path, *, live: int, machine_c
     except jax.errors.JaxRuntimeError as error:
         used, usable = too_large(error)
         return {"used": used, "usable": usable}
-    temporaries, result = assigned_bytes(next(folder.glob(_ASSIGNMENT)).read_text())
-    module = parse(next(folder.glob(_TEXT)).read_text())
+    temporaries, result = assigned_bytes(_written(folder, _ASSIGNMENT))
+    module = parse(_written(folder, _TEXT))
     # A window of decoding is a loop, of which one round is a token of each sequence.
     start = decode_round(module) if name == "decode" else "ENTRY"
     layer = _live_bytes(work, live) if name in ("decode", "prompts") else 0
@@ -170,8 +170,15 @@ def _compiled(lowered: Any, folder: Path, *, machine_code: bool) -> Any:
     options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
     program = ThreadPoolExecutor(1).submit(lowered.compile, compiler_options=options)
     while not program.done() and (machine_code or not is_whole(next(folder.glob(_TEXT), None))):
-        time.sleep(_POLL)
+        time.sleep(_POLL)  # the compiler has threads of its own
     return program.result() if program.done() else None
+
+
+def _written(folder: Path, pattern: str) -> str:
+    found = next(folder.glob(pattern), None)
+    if found is None:
+        raise ValueError(f"this version of libtpu writes no {pattern}, from which a plan is read; 0.0.52 does")
+    return found.read_text(encoding="utf-8")
 
 
 def _live_bytes(work: Work, live: int) -> int:
