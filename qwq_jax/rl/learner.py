@@ -20,7 +20,7 @@ from qwq_jax.logprobs import token_logprobs
 from qwq_jax.model.attention import causal_attend
 from qwq_jax.model.lora import merge
 from qwq_jax.model.params import bind, unstack
-from qwq_jax.model.spec import model_spec
+from qwq_jax.model.spec import model_spec, stacked_spec
 from qwq_jax.rl.experience import RowPlan
 from qwq_jax.rl.loss import LossTerms, policy_loss, policy_tokens, report
 from qwq_jax.sharding import Layout, zigzag
@@ -234,7 +234,8 @@ def make_scorer(run: Callable[[Params, TrainBatch], Any], rows: Rows) -> RowScor
 def make_sync(model: ModelConfig, layout: Layout, *, dtype: Any, lora: LoraConfig | None = None) -> Any:
     """Builds the jitted ``(params, frozen) -> params of an engine``.
 
-    Adapters are merged, and there is one array a layer, on the DECODE layout.
+    Adapters are merged, and there is one array a layer, on the DECODE layout. Layers are moved while they are still one
+    array: an exchange a layer would be so many programs for the compiler, and small ones for the network.
     """
     spec = model_spec(model, dtype)
     places = {path: layout.sharding(array.axes, array.shape) for path, array in spec.items()}
@@ -243,8 +244,13 @@ def make_sync(model: ModelConfig, layout: Layout, *, dtype: Any, lora: LoraConfi
         if lora is not None:
             assert frozen is not None
             params = merge(frozen, params, lora)
-        params = unstack(params, model.num_layers)
-        return {path: params[path].astype(array.dtype) for path, array in spec.items()}
+        params = {
+            path: jax.lax.with_sharding_constraint(
+                params[path].astype(array.dtype), layout.sharding(array.axes, array.shape)
+            )
+            for path, array in stacked_spec(spec, model.num_layers).items()
+        }
+        return unstack(params, model.num_layers)
 
     return jax.jit(arrange, out_shardings=places)
 
