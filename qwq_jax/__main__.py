@@ -434,8 +434,8 @@ def plan(
         bool,
         typer.Option(
             "--machine-code",
-            help="Compile to the end, which takes three times as long: the size of programs is measured rather than "
-            "reserved, and what the last stage refuses is found.",
+            help="Compile programs of training to the end too, which takes much longer: their size is measured rather "
+            "than reserved, and what the last stage refuses is found.",
         ),
     ] = False,
     overrides: Set = None,

@@ -31,6 +31,7 @@ from qwq_jax.plan.compiler import Request, Workers, answer_all, compilers, is_ke
 from qwq_jax.plan.cost import ProgramCost, with_slices
 from qwq_jax.plan.memory import (
     INFERENCE_PHASES,
+    RESERVED,
     RL_PHASES,
     SFT_PHASES,
     STATE,
@@ -70,7 +71,8 @@ class PlanOptions:
         store: Directory of what was compiled before.
         workers: Compilations at a time.
         search: Compile what is recommended too, rather than only name it.
-        machine_code: Compile to the end; otherwise only until memory is assigned, and programs have a reserve.
+        machine_code: Compile programs of training to the end too; otherwise only until memory is assigned, and what
+            they take themselves is a reserve.
     """
 
     topologies: tuple[str, ...]
@@ -167,6 +169,7 @@ def write(plans: Sequence[TopologyPlan], job: Job, options: PlanOptions) -> None
         "job": job.name,
         "kind": job.kind,
         "compilers": compilers(),
+        "machine_code": options.machine_code or job.kind == "inference",
         "workload": job.workload.model_dump(),
         "prices": options.prices.model_dump(),
         "topologies": [each.to_json() for each in plans],
@@ -319,8 +322,10 @@ def _compiled(cases: Sequence[_Case], options: PlanOptions, compiler: _Compiler)
             live = _live_rows(case) * case.job.workload.live_tokens
             for name in program_names(case.job):
                 slots.append((index, name))
-                of_engine = {"live_tokens": live} if name in ("decode", "prompts") else {}
-                requests.append(case.request(name, **of_engine, machine_code=options.machine_code))
+                if name in ("decode", "prompts"):
+                    requests.append(case.request(name, live_tokens=live, machine_code=True))
+                else:
+                    requests.append(case.request(name, machine_code=options.machine_code))
     answers = compiler.ask(requests, "programs")
     by_case: list[dict[str, dict[str, Any]]] = [{} for _ in cases]
     for (index, name), answer in zip(slots, answers, strict=True):
@@ -371,7 +376,7 @@ def _planned(case: _Case, found: Mapping[str, dict[str, Any]], options: PlanOpti
         worst = max(memory.peaks, key=lambda name: memory.peaks[name])
         problems.append(
             f"{worst} needs {memory.peak / GB:.2f} GB of the {memory.usable / GB:.2f} GB of a device, "
-            f"{memory.shortfall / GB:.2f} GB too much; {relief(case.job, worst)}"
+            f"{memory.shortfall / GB:.2f} GB too much; {relief(case.job, worst)}{_of_reserve(memory)}"
         )
     rows = _live_rows(case)
     parts, facts = parts_of(case.job, programs, case.topology, rows=rows, calibration=options.calibration)
@@ -385,6 +390,14 @@ def _planned(case: _Case, found: Mapping[str, dict[str, Any]], options: PlanOpti
             facts["price_of_run"] = hourly * facts["run_seconds"] / 3600
     advice = _advice(case, {} if problems else facts)
     return replace(bare, memory=memory, problems=tuple(problems), parts=parts, facts=facts, advice=advice)
+
+
+def _of_reserve(memory: Memory) -> str:
+    """What is to be said where a job would fit without the reserve for programs."""
+    reserve = memory.held.get(RESERVED, 0)
+    if memory.shortfall > reserve:
+        return ""
+    return f"; {reserve / GB:.2f} GB of it are a reserve for programs, which --machine-code measures"
 
 
 def _room(case: _Case, memory: Memory) -> dict[str, float]:

@@ -3,15 +3,18 @@
 Started by `qwq_jax.plan.compiler` with a directory for what libtpu writes. A line is ``{"answer": ...}``, or
 ``{"refused": "why"}`` in one sentence if the job cannot be compiled so.
 
-Each request is answered by a copy of this process, which has imported all and has loaded nothing: what a plan reports
-is decided when memory has been assigned, and most of the time goes into the machine code after that. libtpu cannot be
-told to stop there, so the copy ends itself.
+Each request is answered by a copy of this process, which has imported all and has loaded nothing. A program's memory
+and text are decided when memory has been assigned, and most of the time goes into the machine code after that. libtpu
+cannot be told to stop there: a copy that has no use for machine code ends itself.
 """
 
+import ctypes
 import gc
 import json
 import os
+import select
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -38,6 +41,7 @@ from qwq_jax.plan.report import assigned_bytes, is_whole, too_large
 # What libtpu writes of a program when its memory is assigned, in this order.
 _ASSIGNMENT, _TEXT = "*after_optimizations-buffer-assignment.txt", "*after_optimizations_after_buffer_assignment.txt"
 _POLL = 0.1  # seconds
+_PARENT_DEATH_SIGNAL = 1  # of prctl, from include/uapi/linux/prctl.h
 
 
 def main() -> int:
@@ -47,12 +51,12 @@ def main() -> int:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     runtime.compile_for_tpus()
     gc.freeze()  # all that was imported stays, and need not be looked through again and again
-    folder = Path(sys.argv[1])
+    folder = Path(sys.argv[1]) / "program"
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
             _answer_and_end(line, folder, lines)
-        _, status = os.waitpid(child, 0)
+        status = _wait(child, lines)
         if os.WIFSIGNALED(status):
             os.kill(os.getpid(), os.WTERMSIG(status))
         if status:
@@ -60,9 +64,22 @@ def main() -> int:
     return 0
 
 
+def _wait(child: int, lines: TextIO) -> int:
+    """The status with which a copy ended, or was ended because nobody is there to read its answer."""
+    events = select.poll()
+    ended = os.pidfd_open(child)
+    events.register(ended, select.POLLIN)
+    events.register(lines, 0)  # an error is told without being asked for
+    if ended not in dict(events.poll()):
+        os.kill(child, signal.SIGKILL)
+    os.close(ended)
+    return os.waitpid(child, 0)[1]
+
+
 def _answer_and_end(line: str, folder: Path, lines: TextIO) -> NoReturn:
     """Writes the answer of a request; then the process ends at once, whatever the compiler is doing."""
     try:
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
         request = json.loads(line)
         try:
             found = {"answer": answer_request(request["job"], request["task"], folder)}
@@ -136,21 +153,26 @@ def measure_program(work: Work, name: str, folder: Path, *, live: int, machine_c
         name: Of the program.
         folder: Where the compiler writes what it has decided.
         live: Tokens in the pages that a step of the engine reads, of one replica.
-        machine_code: Whether the program is compiled to its end. Otherwise the compiler is still busy with that: the
-            caller ends the process.
+        machine_code: Whether the program is compiled to its end. Otherwise the compiler is still busy with that, and
+            the caller ends the process.
 
     Returns:
         The fields of a `ProgramCost`; or, if it does not fit a device, ``{"used": bytes, "usable": bytes}``.
     """
     lowered = work.programs[name]()
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
         compiled = _compiled(lowered, folder, machine_code=machine_code)
     except jax.errors.JaxRuntimeError as error:
         used, usable = too_large(error)
         return {"used": used, "usable": usable}
-    temporaries, result = assigned_bytes(_written(folder, _ASSIGNMENT))
+    if compiled is None:
+        (temporaries, result), code = assigned_bytes(_written(folder, _ASSIGNMENT)), None
+    else:
+        found = compiled.memory_analysis()
+        temporaries, result = found.temp_size_in_bytes, found.output_size_in_bytes - found.alias_size_in_bytes
+        code = found.generated_code_size_in_bytes
     module = parse(_written(folder, _TEXT))
     # A window of decoding is a loop, of which one round is a token of each sequence.
     start = decode_round(module) if name == "decode" else "ENTRY"
@@ -158,7 +180,7 @@ def measure_program(work: Work, name: str, folder: Path, *, live: int, machine_c
     return ProgramCost(
         temporaries=temporaries,
         result=result,
-        code=compiled.memory_analysis().generated_code_size_in_bytes if machine_code else None,
+        code=code,
         flops=matrix_flops(module, start),
         moved=moved_bytes(module, start, layer),
         collectives=tuple(collectives(module, start)),
@@ -166,12 +188,17 @@ def measure_program(work: Work, name: str, folder: Path, *, live: int, machine_c
 
 
 def _compiled(lowered: Any, folder: Path, *, machine_code: bool) -> Any:
-    """The compiled program; without machine code, it is no program yet, but what was decided is in the folder."""
+    """The compiled program; None without machine code: what was decided is in the folder."""
     options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
     program = ThreadPoolExecutor(1).submit(lowered.compile, compiler_options=options)
-    while not program.done() and (machine_code or not is_whole(next(folder.glob(_TEXT), None))):
+    if machine_code:
+        return program.result()
+    while not is_whole(next(folder.glob(_TEXT), None)):
+        if program.done():
+            program.result()  # tells what it was that failed
+            break
         time.sleep(_POLL)  # the compiler has threads of its own
-    return program.result() if program.done() else None
+    return None
 
 
 def _written(folder: Path, pattern: str) -> str:

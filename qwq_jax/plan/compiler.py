@@ -1,8 +1,7 @@
 """Compiles programs for TPUs that are not here, in processes beside this one, and keeps what was learnt.
 
-libtpu writes a program's text where its flags say so, which it reads once a process; and two compilations at a time
-use two cores. A process answers one request after another: what it imports, and the job that it has described, it
-need not again.
+Two compilations at a time use two cores. A process answers one request after another: what it imports it need not
+again.
 """
 
 import hashlib
@@ -77,7 +76,7 @@ class Workers:
             ValueError: The job cannot be compiled so; the sentence says why.
             CompilerFailed: Something else went wrong.
         """
-        try:  # the last one that was used: it may have described this very job
+        try:
             worker = self._idle.pop()
         except IndexError:
             worker = _Worker()

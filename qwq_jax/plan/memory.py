@@ -38,9 +38,9 @@ SFT_PHASES: Mapping[str, Phase] = {"step": Phase(("step",), ("held",))}
 STATE = "trained weights and moments"
 # Machine code, of which a run keeps all that it has compiled.
 PROGRAMS, RESERVED = "programs", "reserved for programs"
-# What a program is given where its code was not made, for a step of the engine and for any other: of those that were,
-# with 64 layers, the largest had 27 and 110 MiB.
-_STEP_RESERVE, _RESERVE = 32 << 20, 128 << 20
+# What a program of training is given where its code was not made: the largest that was has 110 MiB. Its layers are a
+# loop; those of a step of the engine are not, and their code grows to 600 MiB where there is room: it is always made.
+_RESERVE = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -86,15 +86,15 @@ class Memory:
 
 
 def held_by_programs(programs: Mapping[str, ProgramCost], counts: Mapping[str, int]) -> dict[str, int]:
-    """Bytes of machine code, under the name that says whether they were measured.
+    """Bytes of machine code, measured and reserved.
 
     Args:
-        programs: By name, either all with their code or none.
+        programs: By name.
         counts: How many a run has of those that are not one.
     """
-    if all(cost.code is not None for cost in programs.values()):
-        return {PROGRAMS: sum((cost.code or 0) * counts.get(name, 1) for name, cost in programs.items())}
-    return {RESERVED: sum(_STEP_RESERVE * counts[name] if name in counts else _RESERVE for name in programs)}
+    made = {name: cost.code for name, cost in programs.items() if cost.code is not None}
+    held = {PROGRAMS: sum(code * counts.get(name, 1) for name, code in made.items())} if made else {}
+    return held | ({RESERVED: _RESERVE * len(programs.keys() - made)} if len(made) < len(programs) else {})
 
 
 def room_for_pages(memory: Memory, page: int) -> int:

@@ -18,6 +18,8 @@ _PAGE = 1 << 14
 def assigned_bytes(assignment: str) -> tuple[int, int]:
     """Bytes of temporaries, and of results that lie in no argument, as `memory_analysis` has them of a whole program.
 
+    It has a page or some less of programs that are small themselves.
+
     Args:
         assignment: The text that libtpu writes when it has assigned memory, ``*-buffer-assignment.txt``.
 
@@ -36,8 +38,8 @@ def is_whole(text: Path | None) -> bool:
     """Whether the text of a program is there, and to its end: its last computation is that which calls the others."""
     if text is None:
         return False
-    lines = text.read_text(encoding="utf-8").rstrip()
-    return "\nENTRY " in lines and lines.endswith("}")
+    lines = text.read_text(encoding="utf-8", errors="replace").rstrip()
+    return "\nENTRY " in lines and lines.endswith("\n}")
 
 
 def too_large(error: Exception) -> tuple[int, int]:

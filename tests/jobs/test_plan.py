@@ -78,7 +78,7 @@ def test_inference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = run(
         *(INFERENCE, "--model", QWQ, "--topology", "v6e:2x4", "--output", str(tmp_path)),
         *("--prices", str(tmp_path / "prices.toml"), "--provisioning", "spot"),
-        *("--prompt-tokens", "1024", "--completion-tokens", "4096", "--machine-code"),
+        *("--prompt-tokens", "1024", "--completion-tokens", "4096"),
     )
     assert code == 0
     shown = capsys.readouterr().out
@@ -99,14 +99,31 @@ def test_inference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "v6e:2x4" in page and "<script" not in page and "http" not in page.replace("http-equiv", "")
 
 
-def test_programs_without_machine_code_have_a_reserve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("--model", QWQ, "--output", str(tmp_path))
-    assert run("configs/rl/qwq_32b_stage1.toml", *words, "--topology", "v5p:4x4x4") == 0
-    assert "reserved for programs" in capsys.readouterr().out
-    plan = json.loads((tmp_path / "plan.json").read_text())["topologies"][0]
-    # Ten steps of the engine, and five programs of an update.
-    assert plan["memory"]["held"]["reserved for programs"] == (10 * 32 + 5 * 128) << 20
-    assert plan["programs"]["gradient"]["code"] is None
+@pytest.mark.parametrize("machine_code", [False, True])
+def test_programs_of_training_without_machine_code_have_a_reserve(
+    machine_code: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", QWQ, "--output", str(tmp_path), "--topology", "v5p:4x4x4"]
+    assert run("configs/rl/qwq_32b_stage1.toml", *words, *(["--machine-code"] if machine_code else [])) == 0
+    assert ("reserved for programs" in capsys.readouterr().out) is not machine_code
+    document = json.loads((tmp_path / "plan.json").read_text())
+    assert document["machine_code"] is machine_code
+    held = document["topologies"][0]["memory"]["held"]
+    # Ten steps of the engine, of which the code is always made, and five programs of an update.
+    assert held["programs"] == (10 + 5 * machine_code) * 10**7
+    assert held.get("reserved for programs", 0) == (0 if machine_code else 5 * 128 << 20)
+
+
+def test_a_job_that_would_fit_without_the_reserve_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
+    # Of the 102.8 GB, 6 are the state and 16.25 the engine's weights, as the canned compiler has it.
+    pages = (102_800_000_000 - 22_250_000_000 - 500_000_000) // (33_554_432 // 4)
+    words = ("configs/rl/qwq_32b_stage1.toml", "--model", QWQ, "--topology", "v5p:4x4x4")
+    settings = ("--set", f"engine.num_pages={pages}")
+    assert run(*words, *settings) == 2
+    assert "0.67 GB of it are a reserve for programs, which --machine-code measures" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert run(*words, *settings, "--machine-code") == 0
 
 
 def test_a_calibration_corrects_what_it_measured(tmp_path: Path) -> None:

@@ -47,7 +47,11 @@ def described(config: str, topology: str, *settings: str, layers: int = 2) -> di
         pytest.param(INFERENCE, "v6e:2x4", PAGES, "decode"),
         exhaustive(INFERENCE, "v6e:2x4", PAGES, "prompts"),
         exhaustive("configs/sft/qwq_32b_sft.toml", "v5e:2x4", TRAINING, "step"),
-        *(exhaustive(RL, "v5p:4x4x4", (), name) for name in ("gradient", "update", "sync", "reference")),
+        exhaustive("configs/sft/qwq_32b_sft.toml", "2*v5e:2x2", (*TRAINING, "mesh.data=2", "mesh.fsdp=2"), "step"),
+        *(
+            exhaustive(RL, "v5p:4x4x4", (), name)
+            for name in ("gradient", "update", "sync", "reference", "log-probabilities")
+        ),
     ],
 )
 def test_what_is_decided_before_the_machine_code_is_what_the_whole_program_has(
@@ -59,6 +63,26 @@ def test_what_is_decided_before_the_machine_code_is_what_the_whole_program_has(
     assert early.pop("code") is None and whole.pop("code") > 0
     assert early == whole
     assert early["flops"] or early["moved"] or early["collectives"]
+
+
+def first_copy(process: subprocess.Popen) -> int:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not (copies := children.read_text().split()):
+        assert process.poll() is None
+        time.sleep(0.1)
+    return int(copies[0])
+
+
+def is_gone(process: int) -> bool:
+    """Whether it ended; what nobody has asked for its status is still listed, as a zombie."""
+    for _ in range(50):
+        try:
+            if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.1)
+    return False
 
 
 @pytest.mark.parametrize("machine_code", [False, True])
@@ -85,12 +109,36 @@ def test_a_request_whose_copy_is_killed_ends_its_process_so(tmp_path: Path) -> N
         assert process.stdin is not None
         process.stdin.write(f"{request.text}\n".encode())
         process.stdin.flush()
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        while not (copies := children.read_text().split()):
-            assert process.poll() is None
-            time.sleep(0.1)
-        os.kill(int(copies[0]), signal.SIGKILL)
+        os.kill(first_copy(process), signal.SIGKILL)
         assert process.wait(60) == -signal.SIGKILL
+
+
+def test_a_process_whose_reader_is_gone_ends_and_its_copy_too(tmp_path: Path) -> None:
+    request = Request({**described(INFERENCE, "v6e:2x4", layers=64), "machine_code": True}, "decode")
+    command = [sys.executable, "-m", "qwq_jax.jobs.plan_worker", str(tmp_path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(f"{request.text}\n".encode())
+    process.stdin.flush()
+    copy = first_copy(process)
+    process.stdout.close()
+    assert process.wait(10) == -signal.SIGKILL
+    process.stdin.close()
+    assert is_gone(copy)
+
+
+def test_a_copy_does_not_outlive_its_process(tmp_path: Path) -> None:
+    request = Request({**described(INFERENCE, "v6e:2x4", layers=64), "machine_code": True}, "decode")
+    command = [sys.executable, "-m", "qwq_jax.jobs.plan_worker", str(tmp_path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdin is not None
+    process.stdin.write(f"{request.text}\n".encode())
+    process.stdin.flush()
+    copy = first_copy(process)
+    time.sleep(1.0)  # it has asked for its own end by then
+    process.kill()
+    process.communicate(timeout=5)  # no copy holds its output
+    assert is_gone(copy)
 
 
 def test_a_process_answers_one_request_after_another(tmp_path: Path) -> None:

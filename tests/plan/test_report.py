@@ -37,6 +37,7 @@ def test_a_text_without_an_assignment_is_no_answer() -> None:
         (f"{CALLED}ENTRY %main () -> f32[] {{\n  ROOT %a = f32[]\n}}\n\n", True),
         (CALLED, False),
         (f"{CALLED}ENTRY %main () -> f32[] {{\n  ROOT %a = f32[", False),
+        (f"{CALLED}ENTRY %main () -> f32[8] {{\n  ROOT %a = f32[8]{{0}}", False),
         ("", False),
     ],
 )
@@ -52,5 +53,7 @@ def test_a_text_that_is_not_there_is_not_whole() -> None:
 def test_what_is_too_large_says_by_how_much() -> None:
     said = RuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm.")
     assert too_large(said) == (int(17.5 * 2**30), int(15.75 * 2**30))
+    said = RuntimeError("RESOURCE_EXHAUSTED: the program's arguments (20.00G) exceeds available HBM (15.75G)")
+    assert too_large(said) == (20 * 2**30, int(15.75 * 2**30))
     with pytest.raises(RuntimeError, match="Mosaic"):
         too_large(RuntimeError("Mosaic failed to compile"))
