@@ -74,6 +74,7 @@ def recipe_memory(name: str, overrides: Sequence[str] = ()) -> tuple[RlConfig, M
         output=None,
         store=runtime.plan_directory(),
         workers=os.cpu_count() or 1,
+        machine_code=True,
     )
     (plan,) = make_plans(job, options)
     if plan.memory is None:
