@@ -30,7 +30,7 @@ from qwq_jax.rl.loss import LossTerms
 from qwq_jax.sharding import decode_layout, make_mesh, train_layout
 from qwq_jax.train.packing import Segment
 from qwq_jax.train.state import TrainState, abstract_state, init_state
-from qwq_jax.train.weights import stacked_shardings
+from qwq_jax.train.weights import abstract_params, stacked_shardings
 from tests.rl.scripted import random_groups
 from tests.rl.tiny_run import MODEL
 
@@ -307,6 +307,19 @@ def test_an_engine_of_all_weights_is_a_copy(params):
     jax.tree.map(lambda x: x.delete(), frozen)
     np.testing.assert_array_equal(found["embed.embedding"], params["embed.embedding"])
     np.testing.assert_array_equal(found["layers.1.mlp.up_kernel"], params["layers.mlp.up_kernel"][1])
+
+
+def test_weights_move_in_as_many_exchanges_as_there_are_parameters():
+    """However many layers: each exchange is a program of its own to a TPU's compiler."""
+
+    def gathers(layers: int) -> int:
+        model = MODEL.model_copy(update={"num_layers": layers})
+        there = abstract_params(model, dtype="float32", layout=train_layout(make_mesh(MeshConfig(fsdp=4, tensor=2))))
+        decode = decode_layout(make_mesh(MeshConfig(data=4, tensor=2)))
+        text = make_sync(model, decode, dtype="float32").lower(there, None).compile().as_text()
+        return text.count(" all-gather(") + text.count(" all-gather-start(")
+
+    assert 0 < gathers(2) == gathers(5)
 
 
 def test_records_of_updates_become_one():
