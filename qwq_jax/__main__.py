@@ -434,7 +434,7 @@ def plan(
         bool,
         typer.Option(
             "--machine-code",
-            help="Compile programs of training to the end too, which takes much longer: their size is measured rather "
+            help="Compile to the end, which takes two to five times as long: the size of programs is measured rather "
             "than reserved, and what the last stage refuses is found.",
         ),
     ] = False,

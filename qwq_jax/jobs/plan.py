@@ -71,8 +71,8 @@ class PlanOptions:
         store: Directory of what was compiled before.
         workers: Compilations at a time.
         search: Compile what is recommended too, rather than only name it.
-        machine_code: Compile programs of training to the end too; otherwise only until memory is assigned, and what
-            they take themselves is a reserve.
+        machine_code: Compile to the end; otherwise only until memory is assigned, and what programs take themselves is
+            a reserve.
     """
 
     topologies: tuple[str, ...]
@@ -169,7 +169,7 @@ def write(plans: Sequence[TopologyPlan], job: Job, options: PlanOptions) -> None
         "job": job.name,
         "kind": job.kind,
         "compilers": compilers(),
-        "machine_code": options.machine_code or job.kind == "inference",
+        "machine_code": options.machine_code,
         "workload": job.workload.model_dump(),
         "prices": options.prices.model_dump(),
         "topologies": [each.to_json() for each in plans],
@@ -322,10 +322,8 @@ def _compiled(cases: Sequence[_Case], options: PlanOptions, compiler: _Compiler)
             live = _live_rows(case) * case.job.workload.live_tokens
             for name in program_names(case.job):
                 slots.append((index, name))
-                if name in ("decode", "prompts"):
-                    requests.append(case.request(name, live_tokens=live, machine_code=True))
-                else:
-                    requests.append(case.request(name, machine_code=options.machine_code))
+                of_engine = {"live_tokens": live} if name in ("decode", "prompts") else {}
+                requests.append(case.request(name, **of_engine, machine_code=options.machine_code))
     answers = compiler.ask(requests, "programs")
     by_case: list[dict[str, dict[str, Any]]] = [{} for _ in cases]
     for (index, name), answer in zip(slots, answers, strict=True):

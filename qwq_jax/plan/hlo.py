@@ -36,11 +36,16 @@ class Operation:
     @property
     def operands(self) -> list[str]:
         """Names of what it reads."""
+        return _NAMES.findall(self.halves[0])
+
+    @property
+    def halves(self) -> tuple[str, str]:
+        """The text of its operands, and that of its attributes."""
         depth, end = 1, 0
         while depth and end < len(self.rest):
             depth += {"(": 1, ")": -1}.get(self.rest[end], 0)
             end += 1
-        return _NAMES.findall(self.rest[: end - 1])
+        return self.rest[: end - 1], self.rest[end:]
 
     def called(self, field: str) -> str | None:
         """The computation that a field names."""
@@ -60,7 +65,11 @@ Module = Mapping[str, list[Operation]]
 
 
 def parse(text: str) -> dict[str, list[Operation]]:
-    """The operations of each computation of a module's text; the entry is there under ``"ENTRY"`` too."""
+    """The operations of each computation of a module's text; the entry is there under ``"ENTRY"`` too.
+
+    What goes on in the background, which may be written as a computation of one operation, is that operation's start:
+    ``async-start(%x), calls=%c`` with a slice in c is ``slice-start(%x), slice=...``.
+    """
     found: dict[str, list[Operation]] = {}
     current: list[Operation] = []
     for line in text.splitlines():
@@ -71,7 +80,16 @@ def parse(text: str) -> dict[str, list[Operation]]:
                 found["ENTRY"] = current
         elif match := _LINE.match(line):
             current.append(Operation(*match.groups()))
-    return found
+    return {name: [_unwrapped(found, each) for each in operations] for name, operations in found.items()}
+
+
+def _unwrapped(module: Module, each: Operation) -> Operation:
+    if each.kind != "async-start":
+        return each
+    *before, only = module.get(each.called("calls") or "", ()) or [each]
+    if only is each or any(other.kind != "parameter" for other in before):
+        return each
+    return Operation(each.name, each.shape, f"{only.kind}-start", f"{each.halves[0]}){only.halves[1]}")
 
 
 def size(shape: str, *, everywhere: bool = False) -> int:

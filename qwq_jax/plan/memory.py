@@ -38,9 +38,10 @@ SFT_PHASES: Mapping[str, Phase] = {"step": Phase(("step",), ("held",))}
 STATE = "trained weights and moments"
 # Machine code, of which a run keeps all that it has compiled.
 PROGRAMS, RESERVED = "programs", "reserved for programs"
-# What a program of training is given where its code was not made: the largest that was has 110 MiB. Its layers are a
-# loop; those of a step of the engine are not, and their code grows to 600 MiB where there is room: it is always made.
-_RESERVE = 128 << 20
+# What a program is given where its code was not made, for a step of the engine and for any other. The largest of QwQ-32B
+# that were made have 33 and 110 MiB. A step's code grows to 600 MiB where a device has room: libtpu compresses it where it has
+# none, and these are figures of devices without.
+_STEP_RESERVE, _RESERVE = 48 << 20, 128 << 20
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def held_by_programs(programs: Mapping[str, ProgramCost], counts: Mapping[str, i
     """
     made = {name: cost.code for name, cost in programs.items() if cost.code is not None}
     held = {PROGRAMS: sum(code * counts.get(name, 1) for name, code in made.items())} if made else {}
-    return held | ({RESERVED: _RESERVE * len(programs.keys() - made)} if len(made) < len(programs) else {})
+    reserve = sum(_STEP_RESERVE * counts[name] if name in counts else _RESERVE for name in programs.keys() - made)
+    return held | ({RESERVED: reserve} if reserve else {})
 
 
 def room_for_pages(memory: Memory, page: int) -> int:

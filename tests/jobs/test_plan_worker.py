@@ -13,6 +13,8 @@ import pytest
 
 from qwq_jax.jobs.plan_job import read_job
 from qwq_jax.plan.compiler import CompilerFailed, Request, Workers
+from qwq_jax.plan.cost import ProgramCost
+from qwq_jax.plan.memory import RESERVED, held_by_programs
 
 pytestmark = pytest.mark.slow
 
@@ -148,3 +150,15 @@ def test_a_process_answers_one_request_after_another(tmp_path: Path) -> None:
     told = subprocess.run(command, input=lines, capture_output=True, text=True, check=True).stdout.splitlines()
     device, arrays = (json.loads(line)["answer"] for line in told)
     assert device["usable"] == arrays["usable"] and arrays["engine"]["engine's weights"] > 5e8
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("topology", "pages"), [("v6e:2x4", 5600), ("tpu7x:2x2x1", 21_500)])
+def test_a_step_on_a_full_device_takes_no_more_than_its_reserve(topology: str, pages: int) -> None:
+    """Where there is room it takes more: libtpu compresses code, at the cost of time, where there is none."""
+    settings = (f"engine.num_pages={pages}", "mesh.data=1", "mesh.tensor=8")
+    job = {**described(INFERENCE, topology, *settings, layers=64), "machine_code": True}
+    with Workers(2) as workers:
+        found = workers.ask(Request(job, "prompts"))
+    reserve = held_by_programs({"prompts": ProgramCost.from_json({**found, "code": None})}, {"prompts": 1})[RESERVED]
+    assert 0.5 * reserve < found["code"] <= reserve

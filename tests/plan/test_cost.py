@@ -173,7 +173,8 @@ def test_programs_take_their_code_or_a_reserve() -> None:
     assert held_by_programs(programs, {"decode": 4}) == {PROGRAMS: 4 * 3 + 5}
     programs["update"] = cost(code=None)
     assert held_by_programs(programs, {"decode": 4}) == {PROGRAMS: 4 * 3, RESERVED: 128 << 20}
-    assert held_by_programs({"step": cost(code=None)}, {}) == {RESERVED: 128 << 20}
+    programs["decode"] = cost(code=None)
+    assert held_by_programs(programs, {"decode": 4}) == {RESERVED: (4 * 48 + 128) << 20}
 
 
 @pytest.mark.filterwarnings("ignore")  # libtpu looks for the machine it is on, and says that there is none

@@ -231,3 +231,17 @@ def test_names_of_axes() -> None:
         groups = f"mesh['x'={first},'y'={second}] {{'x'}}"
         (found,) = collectives(parse(LOOP.replace("GROUPS", groups)), "body")
         assert (found.group, found.stride) == (first, second)
+
+
+def test_what_goes_on_in_the_background_is_written_in_two_ways() -> None:
+    """As an operation's start, and as a computation of that operation: both read a part only."""
+    done = "  %done = s8[8,128]{1,0:S(1)} slice-done(%start)\n"
+    shape = "((s8[64,128]{1,0}), s8[8,128]{1,0:S(1)}, s32[]{:S(2)})"
+    head = "ENTRY %main (p: s8[64,128]) -> s8[8,128] {\n  %p = s8[64,128]{1,0} parameter(0)\n"
+    plain = f"{head}  %start = {shape} slice-start(%p), slice={{[0:8], [0:128]}}\n{done}}}\n"
+    inner = "%inner (q: s8[64,128]) -> s8[8,128] {\n  %q = s8[64,128]{1,0} parameter(0)\n"
+    inner += "  ROOT %cut = s8[8,128]{1,0} slice(%q), slice={[0:8], [0:128]}\n}\n"
+    wrapped = f"{inner}{head}  %start = {shape} async-start(%p), calls=%inner\n{done.replace('slice-', 'async-')}}}\n"
+    one, other = parse(plain)["ENTRY"][1], parse(wrapped)["ENTRY"][1]
+    assert (one.kind, one.operands, one.rest) == (other.kind, other.operands, other.rest)
+    assert moved_bytes(parse(plain), "ENTRY", 0) == moved_bytes(parse(wrapped), "ENTRY", 0) == 8 * 128
