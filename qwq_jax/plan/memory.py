@@ -38,9 +38,9 @@ SFT_PHASES: Mapping[str, Phase] = {"step": Phase(("step",), ("held",))}
 STATE = "trained weights and moments"
 # Machine code, of which a run keeps all that it has compiled.
 PROGRAMS, RESERVED = "programs", "reserved for programs"
-# What a program is given where its code was not made, for a step of the engine and for any other. The largest of QwQ-32B
-# that were made have 33 and 110 MiB. A step's code grows to 600 MiB where a device has room: libtpu compresses it where it has
-# none, and these are figures of devices without.
+# What a program is given where its code was not made, for a step of the engine and for any other: of QwQ-32B's the
+# largest have 33 and 110 MiB. A step's code grows to 600 MiB where a device has room; where it has none libtpu
+# compresses it, and these are figures of full devices.
 _STEP_RESERVE, _RESERVE = 48 << 20, 128 << 20
 
 
