@@ -84,12 +84,10 @@ def parse(text: str) -> dict[str, list[Operation]]:
 
 
 def _unwrapped(module: Module, each: Operation) -> Operation:
-    if each.kind != "async-start":
+    inner = module.get(each.called("calls") or "", []) if each.kind == "async-start" else []
+    if not inner or any(other.kind != "parameter" for other in inner[:-1]):
         return each
-    *before, only = module.get(each.called("calls") or "", ()) or [each]
-    if only is each or any(other.kind != "parameter" for other in before):
-        return each
-    return Operation(each.name, each.shape, f"{only.kind}-start", f"{each.halves[0]}){only.halves[1]}")
+    return Operation(each.name, each.shape, f"{inner[-1].kind}-start", f"{each.halves[0]}){inner[-1].halves[1]}")
 
 
 def size(shape: str, *, everywhere: bool = False) -> int:

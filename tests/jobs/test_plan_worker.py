@@ -15,20 +15,17 @@ from qwq_jax.jobs.plan_job import read_job
 from qwq_jax.plan.compiler import CompilerFailed, Request, Workers
 from qwq_jax.plan.cost import ProgramCost
 from qwq_jax.plan.memory import RESERVED, held_by_programs
+from tests.cases import exhaustive
 
 pytestmark = pytest.mark.slow
 
 INFERENCE, RL = "configs/inference/qwq_32b.toml", "configs/rl/qwq_32b_stage1.toml"
+WORKER = (sys.executable, "-m", "qwq_jax.jobs.plan_worker")
 PAGES = ("engine.num_pages=64",)
 TRAINING = (
     *("mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2"),
     *("sequence_length=2048", "rows_per_step=8", "accumulation=2"),
 )
-
-
-def exhaustive(*case: Any) -> Any:
-    """One that is near to others."""
-    return pytest.param(*case, marks=pytest.mark.exhaustive)
 
 
 @pytest.fixture(autouse=True)
@@ -67,12 +64,19 @@ def test_what_is_decided_before_the_machine_code_is_what_the_whole_program_has(
     assert early["flops"] or early["moved"] or early["collectives"]
 
 
-def first_copy(process: subprocess.Popen) -> int:
+def busy(folder: Path, *, machine_code: bool) -> tuple[subprocess.Popen, int]:
+    """A process that was asked for a program of all layers, and its copy that compiles it."""
+    request = Request({**described(INFERENCE, "v6e:2x4", layers=64), "machine_code": machine_code}, "decode")
+    command = [*WORKER, str(folder)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdin is not None
+    process.stdin.write(f"{request.text}\n".encode())
+    process.stdin.flush()
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while not (copies := children.read_text().split()):
         assert process.poll() is None
         time.sleep(0.1)
-    return int(copies[0])
+    return process, int(copies[0])
 
 
 def is_gone(process: int) -> bool:
@@ -105,38 +109,23 @@ def test_a_request_that_fails_ends_its_process_with_the_reason() -> None:
 
 
 def test_a_request_whose_copy_is_killed_ends_its_process_so(tmp_path: Path) -> None:
-    request = Request(described(INFERENCE, "v6e:2x4", layers=64), "decode")
-    command = [sys.executable, "-m", "qwq_jax.jobs.plan_worker", str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        assert process.stdin is not None
-        process.stdin.write(f"{request.text}\n".encode())
-        process.stdin.flush()
-        os.kill(first_copy(process), signal.SIGKILL)
+    process, copy = busy(tmp_path, machine_code=False)
+    with process:
+        os.kill(copy, signal.SIGKILL)
         assert process.wait(60) == -signal.SIGKILL
 
 
 def test_a_process_whose_reader_is_gone_ends_and_its_copy_too(tmp_path: Path) -> None:
-    request = Request({**described(INFERENCE, "v6e:2x4", layers=64), "machine_code": True}, "decode")
-    command = [sys.executable, "-m", "qwq_jax.jobs.plan_worker", str(tmp_path)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert process.stdin is not None and process.stdout is not None
-    process.stdin.write(f"{request.text}\n".encode())
-    process.stdin.flush()
-    copy = first_copy(process)
-    process.stdout.close()
-    assert process.wait(10) == -signal.SIGKILL
-    process.stdin.close()
+    process, copy = busy(tmp_path, machine_code=True)
+    with process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait(10) == -signal.SIGKILL
     assert is_gone(copy)
 
 
 def test_a_copy_does_not_outlive_its_process(tmp_path: Path) -> None:
-    request = Request({**described(INFERENCE, "v6e:2x4", layers=64), "machine_code": True}, "decode")
-    command = [sys.executable, "-m", "qwq_jax.jobs.plan_worker", str(tmp_path)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert process.stdin is not None
-    process.stdin.write(f"{request.text}\n".encode())
-    process.stdin.flush()
-    copy = first_copy(process)
+    process, copy = busy(tmp_path, machine_code=True)
     time.sleep(1.0)  # it has asked for its own end by then
     process.kill()
     process.communicate(timeout=5)  # no copy holds its output
@@ -146,8 +135,9 @@ def test_a_copy_does_not_outlive_its_process(tmp_path: Path) -> None:
 def test_a_process_answers_one_request_after_another(tmp_path: Path) -> None:
     job = described(INFERENCE, "v6e:2x4", "engine.num_pages=64")
     lines = "".join(f"{Request(job, task).text}\n" for task in ("device", "arrays"))
-    command = [sys.executable, "-m", "qwq_jax.jobs.plan_worker", str(tmp_path)]
-    told = subprocess.run(command, input=lines, capture_output=True, text=True, check=True).stdout.splitlines()
+    told = subprocess.run(
+        [*WORKER, str(tmp_path)], input=lines, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     device, arrays = (json.loads(line)["answer"] for line in told)
     assert device["usable"] == arrays["usable"] and arrays["engine"]["engine's weights"] > 5e8
 

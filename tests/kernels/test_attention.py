@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwq_jax.kernels.attention import Target, attention, dispatch, paged_attention, reference
-from tests.kernels.cases import exhaustive
+from tests.cases import exhaustive
 from tests.kernels.ragged_batches import brute_force, check, held, make_batch
 
 HEADS = [(4, 4), (5, 1), (10, 2), (7, 1)]

@@ -16,7 +16,7 @@ from qwq_jax.kernels.attention.flash import Sizes
 from qwq_jax.kernels.attention.flash_vjp import Options, flash_attention
 from qwq_jax.kernels.attention.steps import FIRST, FULL, LAST, PADDING, Deal, is_mixed, plan_steps, whole_chunks
 from qwq_jax.sharding import zigzag
-from tests.kernels.cases import exhaustive, slow
+from tests.cases import exhaustive, slow
 
 # float32 sums of some hundred terms of size 1; gradients sum as many again.
 OUT, GRADIENT = 3e-6, 5e-5

@@ -16,7 +16,7 @@ from qwq_jax.kernels.attention.paged_blocks import paged_sizes, smem_bytes
 from qwq_jax.kernels.attention.ragged import ragged_attention
 from qwq_jax.kernels.attention.stream import PagedSizes
 from qwq_jax.kernels.attention.tiles import cut_runs, make_tiles
-from tests.kernels.cases import exhaustive, slow
+from tests.cases import exhaustive, slow
 from tests.kernels.ragged_batches import check, make_batch
 
 # Scores reach 20, and float32 rounds them by 1e-6: that much of a probability, and of outputs of size 4.

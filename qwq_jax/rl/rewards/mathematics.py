@@ -91,8 +91,8 @@ class MathReward:
             return Score(0.0, False, r"no \boxed{}")
         if len(boxed) > _LONGEST:
             return Score(0.0, False, f"{len(boxed)} characters are no answer")
-        if _depth(boxed) > _DEEPEST:
-            return Score(0.0, False, f"brackets {_depth(boxed)} deep are no answer")
+        if (depth := _depth(boxed)) > _DEEPEST:
+            return Score(0.0, False, f"brackets {depth} deep are no answer")
         try:
             with at_most(self._seconds):
                 right = any(self._equal(answer, boxed) for answer in answers)

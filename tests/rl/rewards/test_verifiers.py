@@ -118,12 +118,10 @@ def test_mathematics(mathematics, known, written, right):
         r"\frac" * 400,
     ],
 )
-# What a callback of the garbage collector loses of an interruption is printed; the next one is a tenth of a second on.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_what_cannot_be_computed_is_wrong_in_time(mathematics, written):
     started = time.monotonic()
     assert mathematics.score(task(answer="7"), reply(f"\\boxed{{{written}}}")).correct is False
-    assert time.monotonic() - started < 10.0
+    assert time.monotonic() - started < 4.0
 
 
 def test_a_limit_holds_where_an_interruption_is_lost():
