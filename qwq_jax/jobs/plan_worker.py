@@ -8,7 +8,6 @@ and text are decided when memory has been assigned, and most of the time goes in
 cannot be told to stop there: a copy that has no use for machine code ends itself.
 """
 
-import ctypes
 import gc
 import json
 import os
@@ -37,11 +36,11 @@ from qwq_jax.plan.chips import Topology, parse_topology
 from qwq_jax.plan.cost import ProgramCost
 from qwq_jax.plan.hlo import collectives, decode_round, matrix_flops, moved_bytes, parse
 from qwq_jax.plan.report import assigned_bytes, is_whole, too_large
+from qwq_jax.rl.rewards.inside.supervisor import die_with_parent
 
 # What libtpu writes of a program when its memory is assigned, in this order.
 _ASSIGNMENT, _TEXT = "*after_optimizations-buffer-assignment.txt", "*after_optimizations_after_buffer_assignment.txt"
 _POLL = 0.1  # seconds
-_PARENT_DEATH_SIGNAL = 1  # of prctl, from include/uapi/linux/prctl.h
 
 
 def main() -> int:
@@ -51,11 +50,11 @@ def main() -> int:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     runtime.compile_for_tpus()
     gc.freeze()  # all that was imported stays, and need not be looked through again and again
-    folder = Path(sys.argv[1]) / "program"
+    folder, parent = Path(sys.argv[1]) / "program", os.getpid()
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            _answer_and_end(line, folder, lines)
+            _answer_and_end(line, folder, lines, parent)
         status = _wait(child, lines)
         if os.WIFSIGNALED(status):
             os.kill(os.getpid(), os.WTERMSIG(status))
@@ -76,10 +75,10 @@ def _wait(child: int, lines: TextIO) -> int:
     return os.waitpid(child, 0)[1]
 
 
-def _answer_and_end(line: str, folder: Path, lines: TextIO) -> NoReturn:
+def _answer_and_end(line: str, folder: Path, lines: TextIO, parent: int) -> NoReturn:
     """Writes the answer of a request; then the process ends at once, whatever the compiler is doing."""
     try:
-        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+        die_with_parent(parent)
         request = json.loads(line)
         try:
             found = {"answer": answer_request(request["job"], request["task"], folder)}
