@@ -90,7 +90,7 @@ def negative_log_likelihood(
         positions = (start + jnp.arange(CHUNK))[None]
         table = jnp.arange(pages, dtype=jnp.int32)[None, None]
         batch = PagedBatch(table, (start + CHUNK)[None, None], jnp.array([[0, CHUNK]], jnp.int32), positions)
-        attend = paged_attend(layout, batch, decode_rows=0, max_query=CHUNK, pool=(pages, PAGE))
+        attend = paged_attend(layout, batch, decode_rows=0, max_query=CHUNK, heads=config.num_heads, layer=cache[0])
         model = bind(config, params, dtype=jnp.float32, weights=weights)
         hidden, cache = model(tokens[None], positions, attend, cache)
         logp = jax.nn.log_softmax(model.logits(hidden)[0])

@@ -21,6 +21,7 @@ from qwq_jax.kernels.attention.paged_blocks import paged_sizes
 from qwq_jax.kernels.attention.pages import unit_tokens
 from qwq_jax.kernels.attention.ragged import ragged_attention
 from qwq_jax.kernels.attention.stream import PagedSizes
+from qwq_jax.kernels.attention.work import find_work
 
 KINDS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
 
@@ -103,9 +104,8 @@ def _ours(dtype: str, shape: Shape) -> Case:
     numbers: list[Any] = [array(*shape, dtype=jnp.int32) for shape in ((ROWS, width), (ROWS,), (ROWS + 1,), (ROWS,))]
 
     def step(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any, rows: Any) -> PagedOutput:
-        return ragged_attention(
-            q, k, v, layer, rows, scale=WIDTH**-0.5, decode_rows=ROWS, max_query=0, decode=decode, prefill=prefill
-        )
+        work = find_work(rows, layer, tokens=ROWS, decode_rows=ROWS, max_query=0, decode=decode, prefill=prefill)
+        return ragged_attention(q, k, v, layer, work, scale=WIDTH**-0.5)
 
     queries, sums = ROWS * 8 * WIDTH * BF16, decode.parts * ROWS * 8 * (WIDTH + 2 * 128) * 4
     moved = {"q": queries, "sums": sums, "pages": ROWS * shape.tokens * 2 * token, "new": ROWS * 4 * 32 * WIDTH}

@@ -21,6 +21,7 @@ from qwq_jax.engine.arrays import arrays_of
 from qwq_jax.engine.step import MAX_TOP_LOGPROBS, EngineShape, Program
 from qwq_jax.logprobs import top_logprobs
 from qwq_jax.model.attention import PagedBatch, paged_attend
+from qwq_jax.model.layers import Attend
 from qwq_jax.model.transformer import Transformer
 from qwq_jax.sampling import Bias, LogitEdits, Penalties, Sampled, SamplingArrays, count_tokens, sample
 from qwq_jax.sharding import Layout
@@ -106,7 +107,7 @@ class Step(NamedTuple):
         query_start = jnp.concatenate([rows, D + arrays["prompt_start"]], axis=1)
         batch = PagedBatch(arrays["page_table"], kv_length, query_start, positions)
         tokens = jnp.concatenate([token, arrays["prompt_token"]], axis=1)
-        hidden, cache = model(tokens, positions, self._attend(batch, decode_rows=D, max_query=Tp), cache)
+        hidden, cache = model(tokens, positions, self._attend(model, cache, batch, decode_rows=D, max_query=Tp), cache)
         last = jnp.concatenate([rows, jnp.maximum(D + arrays["prompt_start"][:, 1:] - 1, 0)], axis=1)
         sampled_hidden = jnp.take_along_axis(hidden, last[:, :, None], axis=1)
         drawn_at = jnp.concatenate([arrays["position"] + 1, arrays["prompt_length"]], axis=1)
@@ -123,7 +124,7 @@ class Step(NamedTuple):
 
     def _draft(self, model: Transformer, cache: Any, carry: Carry, arrays: Arrays) -> tuple[Any, Carry, Outcome]:
         batch = PagedBatch(arrays["page_table"], arrays["kv_length"], arrays["query_start"], arrays["flat_position"])
-        attend = self._attend(batch, decode_rows=0, max_query=1 + self.program.drafts)
+        attend = self._attend(model, cache, batch, decode_rows=0, max_query=1 + self.program.drafts)
         hidden, cache = model(arrays["flat_token"], arrays["flat_position"], attend, cache)
         row = arrays["flat_row"]
         per_token = {name: _of_rows(x, row) for name, x in arrays.items() if name in _BY_ROW}
@@ -143,11 +144,13 @@ class Step(NamedTuple):
         D = token.shape[1]
         query_start = jnp.broadcast_to(jnp.arange(D + 1, dtype=jnp.int32), (token.shape[0], D + 1))
         batch = PagedBatch(arrays["page_table"], kv_length, query_start, position)
-        return model(token, position, self._attend(batch, decode_rows=D, max_query=0), cache)
+        return model(token, position, self._attend(model, cache, batch, decode_rows=D, max_query=0), cache)
 
-    def _attend(self, batch: PagedBatch, *, decode_rows: int, max_query: int) -> Any:
-        pool = (self.shape.num_pages, self.shape.page_size)
-        return paged_attend(self.layout, batch, decode_rows=decode_rows, max_query=max_query, pool=pool)
+    def _attend(self, model: Transformer, cache: Any, batch: PagedBatch, *, decode_rows: int, max_query: int) -> Attend:
+        heads = model.config.num_heads
+        return paged_attend(
+            self.layout, batch, decode_rows=decode_rows, max_query=max_query, heads=heads, layer=cache[0]
+        )
 
     def _no_hidden(self, model: Transformer, rows: int) -> jax.Array:
         return jnp.zeros((self.shape.replicas, rows, model.config.hidden_size), model.dtype)

@@ -188,7 +188,10 @@ def measure_program(work: Work, name: str, folder: Path, *, live: int, machine_c
 
 def _compiled(lowered: Any, folder: Path, *, machine_code: bool) -> Any:
     """The compiled program; None without machine code: what was decided is in the folder."""
-    options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+    options: dict[str, Any] = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+    if not machine_code:
+        # Sparse cores' code is made before the rest is decided, and decides nothing: least effort that libtpu allows.
+        options["xla_sc_backend_opt_level"] = "O2"
     program = ThreadPoolExecutor(1).submit(lowered.compile, compiler_options=options)
     if machine_code:
         return program.result()

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from qwq_jax.kernels.attention import (
     PADDING,
@@ -20,6 +21,7 @@ from qwq_jax.kernels.attention import (
     Target,
     attention,
     paged_attention,
+    shared_rows,
     token_slots,
 )
 from qwq_jax.model.cache import CACHE_AXES
@@ -127,7 +129,7 @@ class PagedBatch(NamedTuple):
 
 
 def paged_attend(
-    layout: Layout, batch: PagedBatch, *, decode_rows: int, max_query: int, pool: tuple[int, int]
+    layout: Layout, batch: PagedBatch, *, decode_rows: int, max_query: int, heads: int, layer: PagedLayer
 ) -> Attend:
     """Attention over the paged cache for one engine step.
 
@@ -136,37 +138,49 @@ def paged_attend(
         batch: Rows of every replica.
         decode_rows: See `paged_attention`.
         max_query: See `paged_attention`.
-        pool: Pages of a replica's pool, and tokens a page.
+        heads: Query heads of the model.
+        layer: Any layer of the cache, for its shapes.
     """
-    pages, page_size = pool
-    target = target_of(layout)
+    _, shared_heads, pages, _, page_size, _ = layer.kv.shape
+    how = {"decode_rows": decode_rows, "max_query": max_query, "target": target_of(layout)}
+    cache_spec, replica = layout.spec(CACHE_AXES), layout.spec(("replica",))
+    on_device = partial(jax.shard_map, mesh=layout.mesh, check_vma=False)  # kernels do not say over what results vary
+    own = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(NamedSharding(layout.mesh, cache_spec).shard_shape(x.shape)[1:], x.dtype), layer
+    )
+
+    def share(rows: RaggedRows) -> Any:
+        tokens, own_heads = batch.positions.shape[1], heads // shared_heads * own.kv.shape[0]
+        return _add_replica(shared_rows(_own_replica(rows), own, tokens=tokens, heads=own_heads, **how))
+
     slots = jax.vmap(lambda *a: token_slots(*a, page_size=page_size, pages=pages))
     rows = RaggedRows(batch.page_table, batch.kv_length, batch.query_start, slots(*batch))
+    rows = on_device(share, in_specs=(replica,), out_specs=replica)(rows)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: PagedLayer) -> tuple[jax.Array, PagedLayer]:
-        def local(q: jax.Array, k: jax.Array, v: jax.Array, cache: PagedLayer, rows: RaggedRows):
-            # One replica a device, so vmap would only turn the kernel's branches into selects.
-            out, _, layer = paged_attention(
-                *jax.tree.map(lambda x: x[0], (q, k, v, cache, rows)),
-                scale=q.shape[-1] ** -0.5,
-                decode_rows=decode_rows,
-                max_query=max_query,
-                target=target,
-            )
-            return jax.tree.map(lambda x: x[None], (out, layer))
+        def local(*own: Any):
+            out, _, layer = paged_attention(*_own_replica(own), scale=q.shape[-1] ** -0.5, **how)
+            return _add_replica((out, layer))
 
-        heads = layout.spec(("replica", None, "heads", None))
+        by_head = layout.spec(("replica", None, "heads", None))
         shared = layout.spec(("replica", None, "kv_shared", None))
-        sharded = jax.shard_map(
-            local,
-            mesh=layout.mesh,
-            in_specs=(heads, shared, shared, layout.spec(CACHE_AXES), layout.spec(("replica",))),
-            out_specs=(heads, layout.spec(CACHE_AXES)),
-            check_vma=False,  # kernels do not say over which axes their results vary
+        sharded = on_device(
+            local, in_specs=(by_head, shared, shared, cache_spec, replica), out_specs=(by_head, cache_spec)
         )
         return sharded(q, _share(layout, q, k), _share(layout, q, v), cache, rows)
 
     return attend
+
+
+# One replica a device: vmap would only turn the kernels' branches into selects.
+
+
+def _own_replica(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x[0], tree)
+
+
+def _add_replica(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x[None], tree)
 
 
 def _share(layout: Layout, q: jax.Array, kv: jax.Array) -> jax.Array:

@@ -45,7 +45,16 @@ def rotary_tables(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array,
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(inverse_frequencies(config))
     # 0.1 ln(factor) + 1, whose square multiplies the scores (YaRN, equation 15).
     factor = config.yarn.attention_scale if config.yarn else 1.0
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+    tables = (jnp.cos(angles) * factor, jnp.sin(angles) * factor)
+    return jax.lax.platform_dependent(*tables, cpu=_computed_once, default=lambda *tables: tables)
+
+
+def _computed_once(*tables: jax.Array) -> tuple[jax.Array, ...]:
+    """The same numbers as results of products, which XLA keeps.
+
+    On a CPU it draws what is elementwise into every use instead: each layer found the cosines anew for each head.
+    """
+    return tuple(x @ jnp.eye(x.shape[-1], dtype=x.dtype) for x in tables)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from qwq_jax.kernels.attention.flash import Sizes, flash_forward
 from qwq_jax.kernels.attention.ragged import ragged_attention
 from qwq_jax.kernels.attention.steps import Steps, plan_steps
 from qwq_jax.kernels.attention.stream import PagedSizes
+from qwq_jax.kernels.attention.work import find_work
 from tests.kernels.ragged_batches import brute_force, make_batch
 
 LENGTH = 131_072
@@ -41,16 +42,11 @@ def test_one_decoded_token(rng, dtype, wide_products):
     want, _ = brute_force(inputs[0].astype(jnp.float32), *full, np.ones((1, LENGTH), bool))
     errors = []
     for block in (1024, 4096):
-        run = functools.partial(
-            ragged_attention,
-            scale=128**-0.5,
-            decode_rows=1,
-            max_query=0,
-            decode=PagedSizes(1, block),
-            prefill=PagedSizes(8, block),
-            interpret=pltpu.InterpretParams(uninitialized_memory="nan"),
-        )
-        out = jax.jit(run)(*inputs, batch.layer, batch.rows).out
+        sizes = {"decode": PagedSizes(1, block), "prefill": PagedSizes(8, block)}
+        work = find_work(batch.rows, batch.layer, tokens=1, decode_rows=1, max_query=0, **sizes)
+        interpret = pltpu.InterpretParams(uninitialized_memory="nan")
+        run = functools.partial(ragged_attention, scale=128**-0.5, interpret=interpret)
+        out = jax.jit(run)(*inputs, batch.layer, work).out
         errors.append(np.abs(np.asarray(out, np.float64) - want).max())
     assert np.abs(want).max() > 0.01
     assert max(errors) < BOUND[dtype]

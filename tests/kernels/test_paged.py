@@ -16,6 +16,7 @@ from qwq_jax.kernels.attention.paged_blocks import paged_sizes, smem_bytes
 from qwq_jax.kernels.attention.ragged import ragged_attention
 from qwq_jax.kernels.attention.stream import PagedSizes
 from qwq_jax.kernels.attention.tiles import cut_runs, make_tiles
+from qwq_jax.kernels.attention.work import find_work
 from tests.cases import exhaustive, slow
 from tests.kernels.ragged_batches import check, make_batch
 
@@ -40,9 +41,15 @@ def kernel(mode, decode_rows, max_query, block=256, parts=1, races=True, float8=
         out_of_bounds_reads="raise",
         num_cores_or_threads=parts,
     )
-    sizes = {"decode": PagedSizes(1, block, 4, parts, float8), "prefill": PagedSizes(32, block, 2, parts)}
-    sizes |= {"scale": 128**-0.5, "decode_rows": decode_rows, "max_query": max_query, "interpret": interpret}
-    return jax.jit(functools.partial(ragged_attention, **sizes))
+    how = {"decode": PagedSizes(1, block, 4, parts, float8), "prefill": PagedSizes(32, block, 2, parts)}
+    how |= {"decode_rows": decode_rows, "max_query": max_query}
+
+    @jax.jit
+    def run(q, k, v, layer, rows):
+        work = find_work(rows, layer, tokens=q.shape[0], **how)
+        return ragged_attention(q, k, v, layer, work, scale=128**-0.5, interpret=interpret)
+
+    return run
 
 
 def serve(batch, mode, **sizes):

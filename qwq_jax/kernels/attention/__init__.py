@@ -8,6 +8,7 @@ from qwq_jax.kernels.attention.dispatch import (
     attention,
     attention_with_lse,
     paged_attention,
+    shared_rows,
 )
 from qwq_jax.kernels.attention.flash import LANES
 from qwq_jax.kernels.attention.pages import (
@@ -37,5 +38,6 @@ __all__ = [
     "is_quantized",
     "paged_attention",
     "scales_shape",
+    "shared_rows",
     "token_slots",
 ]

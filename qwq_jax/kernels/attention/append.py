@@ -8,40 +8,26 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from qwq_jax.kernels.attention.pages import PagedLayer, RaggedRows, to_cache
-from qwq_jax.kernels.attention.tiles import chunk_runs, cut_runs
+from qwq_jax.kernels.attention.pages import PagedLayer, to_cache
 from qwq_jax.kernels.attention.words import as_words, merge_rows
+from qwq_jax.kernels.attention.work import PIECES, AppendWork
 
-PIECES = 16  # units that one grid step appends
 
-
-def append_chunks(
-    k: jax.Array, v: jax.Array, pool: PagedLayer, rows: RaggedRows, decode_rows: int, interpret: Any
-) -> PagedLayer:
-    """Writes the keys and values of the chunks into their pages, a unit at a time."""
-    T, unit, page_units = k.shape[0], pool.kv.shape[4], pool.kv.shape[3]
-    begin, end, position = chunk_runs(rows, decode_rows)
-    pieces = cut_runs(begin, end, position, tokens=T - decode_rows, size=unit, aligned=True)
-    fill = -pieces.row.shape[0] % PIECES
-    at = pieces.position // unit
-    table = rows.page_table[decode_rows:]
-    page = jnp.take_along_axis(table[pieces.row], (at // page_units)[:, None], axis=1, mode="clip")[:, 0]
-    low = jnp.argmax(pieces.inside, axis=1)
-    scalars = [page, at % page_units, low, low + pieces.inside.sum(1)]
-    scalars = [jnp.pad(x.astype(jnp.int32), (0, fill)) for x in scalars]
-    values, scales = to_cache(jnp.stack([k[decode_rows:], v[decode_rows:]], axis=2), pool.kv.dtype)  # [Tp, K, 2, H]
-    cut = lambda x: jnp.pad(x[pieces.token], ((0, fill), *[(0, 0)] * x.ndim))  # noqa: E731
-    new = [cut(values).transpose(2, 0, 3, 1, 4)]  # [K, n, 2, unit, H]
+def append_chunks(k: jax.Array, v: jax.Array, pool: PagedLayer, work: AppendWork, interpret: Any) -> PagedLayer:
+    """Writes the keys and values `[Tp, K, H]` of chunks into their pages, a unit at a time."""
+    token, *scalars = work
+    values, scales = to_cache(jnp.stack([k, v], axis=2), pool.kv.dtype)  # [Tp, K, 2, H]
+    new = [values[token].transpose(2, 0, 3, 1, 4)]  # [K, n, 2, unit, H]
     if scales is not None:
-        new.append(cut(scales).transpose(2, 0, 3, 1))  # [K, n, 2, unit]
+        new.append(scales[token].transpose(2, 0, 3, 1))  # [K, n, 2, unit]
     pools = [x for x in pool if x is not None]
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     stages = [pltpu.VMEM((PIECES, *x.shape[2:]), x.dtype) for x in new]
     after = pl.pallas_call(
         functools.partial(_append_kernel, arrays=len(new)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
-            grid=(k.shape[1], scalars[0].shape[0] // PIECES),
+            num_scalar_prefetch=len(scalars),
+            grid=(k.shape[1], token.shape[0] // PIECES),
             in_specs=[
                 pl.BlockSpec((None, PIECES, *x.shape[2:]), lambda h, i, *_, d=x.ndim - 2: (h, i, *[0] * d)) for x in new
             ]
@@ -50,7 +36,7 @@ def append_chunks(
             scratch_shapes=[*stages, pltpu.SemaphoreType.DMA((PIECES,))],
         ),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in pools],
-        input_output_aliases={4 + len(new) + i: i for i in range(len(pools))},
+        input_output_aliases={len(scalars) + len(new) + i: i for i in range(len(pools))},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary")),
         interpret=interpret,
         name="append_chunks",

@@ -12,7 +12,7 @@ from qwq_jax.kernels.attention.decode import FLOAT8_MAX, decode_kernel, two_term
 from qwq_jax.kernels.attention.flash import LANES, START
 from qwq_jax.kernels.attention.pages import PagedLayer, to_cache
 from qwq_jax.kernels.attention.stream import PagedSizes, compiler_params, stream_scratch
-from qwq_jax.kernels.attention.tiles import Tiles, make_tiles, merge_parts, page_rows
+from qwq_jax.kernels.attention.tiles import Tiles, merge_parts
 
 
 class New(NamedTuple):
@@ -52,7 +52,7 @@ def attend_decode(
     q: jax.Array,
     new: New,
     pool: PagedLayer,
-    length: jax.Array,
+    tiles: Tiles,
     table: jax.Array,
     *,
     scale: float,
@@ -65,8 +65,8 @@ def attend_decode(
         q: `[K, n, G, H]`.
         new: The tokens' keys and values.
         pool: The cache in units.
-        length: `[n]` int32, with the new token; 0 for an empty row.
-        table: `[n, W]` int32.
+        tiles: One a row, whose length counts the new token.
+        table: See `RaggedWork`.
         scale: Factor on the scores.
         sizes: Tiles.
         interpret: For `pl.pallas_call`.
@@ -74,19 +74,17 @@ def attend_decode(
     Returns:
         `[K, n, G, H]`, log-sum-exp `[K, n, G]`, and the pool.
     """
-    (K, n, G, _), parts = q.shape, sizes.parts
+    K, _, G, _ = q.shape
     R = G + -G % 8
-    row = jnp.arange(n, dtype=jnp.int32)
-    tiles = make_tiles(row, length - 1, length, block=sizes.block_kv, kv_heads=K, parts=parts)
     queries = {"q": jnp.pad(q, ((0, 0), (0, 0), (0, R - G), (0, 0)))}
     if sizes.float8:
         queries["q"], queries["q_scale"] = _query_terms(queries["q"])
-    sums, pool = _call(tiles, queries, new, pool, page_rows(table), scale=scale, sizes=sizes, interpret=interpret)
+    sums, pool = _call(tiles, queries, new, pool, table, scale=scale, sizes=sizes, interpret=interpret)
     acc, m, total = (x[:, :, :, :G] for x in sums)
     # A part leaves the rows that it has no block of as they were in memory.
     head = jnp.arange(K)[None, :, None] * tiles.start[-1]
     begin, end = (tiles.bounds[edge][:, None, None] - head for edge in (slice(0, -1), slice(1, None)))
-    touched = ((tiles.start[:-1] < end) & (tiles.start[1:] > begin) & (length > 0))[..., None]
+    touched = ((tiles.start[:-1] < end) & (tiles.start[1:] > begin) & (tiles.length > 0))[..., None]
     total = jnp.where(touched, jnp.sum(total, axis=-1), 1.0)
     lse = jnp.where(touched, m[..., 0] * scale + jnp.log(total), START)
     out = jnp.where(touched[..., None], acc / total[..., None], 0.0)

@@ -17,6 +17,7 @@ from qwq_jax.kernels.attention.paged_blocks import paged_sizes
 from qwq_jax.kernels.attention.pages import PagedLayer, PagedOutput, RaggedRows
 from qwq_jax.kernels.attention.ragged import ragged_attention
 from qwq_jax.kernels.attention.steps import Deal
+from qwq_jax.kernels.attention.work import RaggedWork, find_work
 
 
 class Implementation(enum.Enum):
@@ -135,12 +136,44 @@ def attention_with_lse(
     return flash_attention(q, k, v, segment_ids, options, ids)
 
 
+def shared_rows(
+    rows: RaggedRows,
+    layer: PagedLayer,
+    *,
+    tokens: int,
+    heads: int,
+    decode_rows: int,
+    max_query: int,
+    target: Target = CPU,
+    implementation: Implementation = Implementation.AUTO,
+) -> RaggedRows | RaggedWork:
+    """What `paged_attention` shall have for `rows` where many layers see the same batch: their common part of it, done.
+
+    Args:
+        rows: Layout of the batch.
+        layer: Any layer of the cache, or its description.
+        tokens: Flat tokens of the batch.
+        heads: Query heads, N.
+        decode_rows: See `paged_attention`.
+        max_query: See `paged_attention`.
+        target: What is compiled for.
+        implementation: Which one.
+
+    Raises:
+        ValueError: The kernels' tiles do not fit the chip.
+    """
+    if _choose(implementation, target) is not Implementation.PALLAS:
+        return rows
+    counts = {"tokens": tokens, "heads": heads, "decode_rows": decode_rows, "max_query": max_query}
+    return _find_work(rows, layer, target, **counts)
+
+
 def paged_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     layer: PagedLayer,
-    rows: RaggedRows,
+    rows: RaggedRows | RaggedWork,
     *,
     scale: float,
     decode_rows: int,
@@ -155,7 +188,7 @@ def paged_attention(
         k: `[T, K, H]` new keys.
         v: `[T, K, H]` new values.
         layer: Cache of this layer; its heads may be wider than H, and must be a multiple of 128 for the TPU kernel.
-        rows: Layout of the batch; B rows.
+        rows: Layout of the batch, B rows; or `shared_rows` of it and of the same arguments.
         scale: Factor on the scores.
         decode_rows: Static number of single-token rows, which come first.
         max_query: Static bound on the tokens of any other row; 0 where there are none.
@@ -167,6 +200,7 @@ def paged_attention(
     """
     chosen = _choose(implementation, target)
     if chosen is Implementation.REFERENCE:
+        assert isinstance(rows, RaggedRows), "rows were shared for another implementation"
         blocks = reference.GPU_BLOCKS if target.platform == "gpu" else reference.CPU_BLOCKS
         return reference.paged_attention(
             q, k, v, layer, rows, scale=scale, decode_rows=decode_rows, max_query=max_query, blocks=blocks
@@ -174,29 +208,28 @@ def paged_attention(
     if chosen is not Implementation.PALLAS:
         raise ValueError(f"{chosen.value} has no paged attention: use pallas or reference")
     _need_tpu(target)
+    if isinstance(rows, RaggedRows):
+        counts = {"tokens": q.shape[0], "heads": q.shape[1], "decode_rows": decode_rows, "max_query": max_query}
+        rows = _find_work(rows, layer, target, **counts)
+    return ragged_attention(q, k, v, layer, rows, scale=scale, interpret=target.interpret)
+
+
+def _find_work(
+    rows: RaggedRows, layer: PagedLayer, target: Target, *, tokens: int, heads: int, decode_rows: int, max_query: int
+) -> RaggedWork:
+    K, _, _, page, H = layer.kv.shape
     decode, prefill = paged_sizes(
         target.device_kind,
-        groups=q.shape[1] // k.shape[1],
-        head_dim=layer.kv.shape[4],
-        page=layer.kv.shape[3],
+        groups=heads // K,
+        head_dim=H,
+        page=page,
         dtype=layer.kv.dtype,
         rows=decode_rows,
-        tokens=q.shape[0],
+        tokens=tokens,
         table_width=rows.page_table.shape[1],
     )
-    return ragged_attention(
-        q,
-        k,
-        v,
-        layer,
-        rows,
-        scale=scale,
-        decode_rows=decode_rows,
-        max_query=max_query,
-        decode=decode,
-        prefill=prefill,
-        interpret=target.interpret,
-    )
+    counts = {"tokens": tokens, "decode_rows": decode_rows, "max_query": max_query}
+    return find_work(rows, layer, **counts, decode=decode, prefill=prefill)
 
 
 def _choose(implementation: Implementation, target: Target) -> Implementation:

@@ -10,28 +10,29 @@ from jax.experimental.pallas import tpu as pltpu
 
 from qwq_jax.kernels.attention.flash import LANES
 from qwq_jax.kernels.attention.paged import Softmax, paged_kernel
-from qwq_jax.kernels.attention.pages import PagedLayer, RaggedRows
+from qwq_jax.kernels.attention.pages import PagedLayer
 from qwq_jax.kernels.attention.stream import PagedSizes, compiler_params, stream_scratch
-from qwq_jax.kernels.attention.tiles import chunk_runs, cut_runs, make_tiles, merge_parts, page_rows
+from qwq_jax.kernels.attention.tiles import Tiles, merge_parts
+from qwq_jax.kernels.attention.work import ChunkWork
 
 
 def attend_chunks(
     q: jax.Array,
     pool: PagedLayer,
-    rows: RaggedRows,
+    work: ChunkWork,
+    table: jax.Array,
     *,
-    decode_rows: int,
     scale: float,
     sizes: PagedSizes,
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention of the flat tokens from `decode_rows` on; their keys and values are in the pool already.
+    """Attention of chunks of prompts, whose keys and values are in the pool already.
 
     Args:
-        q: `[T, N, H]`.
+        q: `[Tp, N, H]`.
         pool: The cache in units.
-        rows: The batch.
-        decode_rows: Rows of one token, left out.
+        work: Where the tokens are.
+        table: See `RaggedWork`.
         scale: Factor on the scores.
         sizes: Tiles.
         interpret: For `pl.pallas_call`.
@@ -39,47 +40,38 @@ def attend_chunks(
     Returns:
         `[Tp, N, H]` and the log-sum-exps `[Tp, N]`.
     """
-    (T, N, H), K = q.shape, pool.kv.shape[0]
-    G, size, tokens = N // K, sizes.block_q, T - decode_rows
-    begin, end, position = chunk_runs(rows, decode_rows)
-    pieces = cut_runs(begin, end, position, tokens=tokens, size=size, aligned=False)
-    n = pieces.row.shape[0]
-    length = jnp.where(pieces.live, pieces.position + pieces.inside.sum(1, dtype=jnp.int32), 0)
+    (tokens, N, H), K, (n, size) = q.shape, pool.kv.shape[0], work.token.shape
+    G = N // K
     # One gather cuts out the tiles and puts the query heads of a kv head below each other.
-    tile_q = q[decode_rows:][pieces.token].reshape(n, size, K, G, H).transpose(2, 0, 3, 1, 4).reshape(K, n, G * size, H)
-    places = (decode_rows + pieces.row, pieces.position, length)
-    out, lse = _attend_tiles(tile_q, pool, places, rows.page_table, scale=scale, sizes=sizes, interpret=interpret)
-    place = jnp.where(pieces.inside, pieces.token, tokens)
-    where = jnp.zeros(tokens + 1, jnp.int32).at[place].set(jnp.arange(n * size, dtype=jnp.int32).reshape(n, size))
-    tile, within = where[:tokens] // size, where[:tokens] % size
+    tile_q = q[work.token].reshape(n, size, K, G, H).transpose(2, 0, 3, 1, 4).reshape(K, n, G * size, H)
+    out, lse = _attend_tiles(tile_q, pool, work.tiles, table, scale=scale, sizes=sizes, interpret=interpret)
     # The arrays of indices stand apart, so their dimension comes first: [Tp, K, G, H].
-    out = out.reshape(K, n, G, size, H)[:, tile, :, within]
-    lse = lse.reshape(K, n, G, size)[:, tile, :, within]
+    out = out.reshape(K, n, G, size, H)[:, work.tile, :, work.place]
+    lse = lse.reshape(K, n, G, size)[:, work.tile, :, work.place]
     return out.reshape(tokens, N, H), lse.reshape(tokens, N)
 
 
 def _attend_tiles(
     q: jax.Array,
     pool: PagedLayer,
-    places: tuple[jax.Array, jax.Array, jax.Array],
+    tiles: Tiles,
     table: jax.Array,
     *,
     scale: float,
     sizes: PagedSizes,
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs the kernel on tiles `q [K, n, R, H]` at `places` (row, first, length of `Tiles`).
+    """Runs the kernel on tiles `q [K, n, R, H]`.
 
     Returns:
         `[K, n, R, H]` and log-sum-exp `[K, n, R]`.
     """
     (K, n, R, H), parts = q.shape, sizes.parts
     assert R % 8 == 0, "a tile has at least 8 query tokens"
-    tiles = make_tiles(*places, block=sizes.block_kv, kv_heads=K, parts=parts)
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     apart = lambda *shape: pl.BlockSpec((None, None, 1, *shape), lambda p, h, i, *_: (p, h, i, *[0] * len(shape)))  # noqa: E731
     pools = {name: x for name, x in pool._asdict().items() if x is not None}
-    inputs = {"table": page_rows(table), "q": q, **pools}
+    inputs = {"table": table, "q": q, **pools}
     outputs = {"o": (q.dtype if parts == 1 else jnp.float32, (R, H)), "lse": (jnp.float32, (1, R))}
     states = {name: pltpu.VMEM((R, H if name == "acc" else LANES), jnp.float32) for name in Softmax._fields}
     scratch = stream_scratch(pool, sizes, inputs["table"].shape[-1]) | states

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from qwq_jax.kernels.attention.append import append_chunks
 from qwq_jax.kernels.attention.decode_call import New, attend_decode
 from qwq_jax.kernels.attention.flash import LANES
-from qwq_jax.kernels.attention.pages import PagedLayer, PagedOutput, RaggedRows, check_page, unit_tokens, widen
+from qwq_jax.kernels.attention.pages import PagedLayer, PagedOutput, check_page, unit_tokens, widen
 from qwq_jax.kernels.attention.prefill_call import attend_chunks
 from qwq_jax.kernels.attention.stream import PagedSizes
+from qwq_jax.kernels.attention.work import RaggedWork
 
 
 def check_pages(layer: PagedLayer, sizes: PagedSizes) -> None:
@@ -28,13 +29,9 @@ def ragged_attention(
     k: jax.Array,
     v: jax.Array,
     layer: PagedLayer,
-    rows: RaggedRows,
+    work: RaggedWork,
     *,
     scale: float,
-    decode_rows: int,
-    max_query: int,
-    decode: PagedSizes,
-    prefill: PagedSizes,
     interpret: Any = False,
 ) -> PagedOutput:
     """As `reference.paged_attention`.
@@ -44,12 +41,8 @@ def ragged_attention(
         k: `[T, K, H]`.
         v: `[T, K, H]`.
         layer: The cache; heads a multiple of 128 wide.
-        rows: The batch.
+        work: From `find_work` of the batch, for such a layer.
         scale: Factor on the scores.
-        decode_rows: Rows of one token each.
-        max_query: 0 where there are no other rows.
-        decode: Tiles for those rows.
-        prefill: Tiles for the others.
         interpret: For `pl.pallas_call`.
 
     Raises:
@@ -58,28 +51,29 @@ def ragged_attention(
     wanted, H = q.shape[2], layer.kv.shape[4]
     q, k, v = (widen(x, H) for x in (q, k, v))
     N, K = q.shape[1], k.shape[1]
-    check_pages(layer, decode)
-    check_pages(layer, prefill)
-    pool, outs, lses = _unit_view(layer), [], []
-    if decode_rows:
-        first = slice(0, decode_rows)
-        new = New.make(k[first], v[first], rows.slots[first] // layer.kv.shape[3], layer.kv.dtype)
+    check_pages(layer, work.decode_sizes)
+    check_pages(layer, work.chunk_sizes)
+    pool, outs, lses, decoded = _unit_view(layer), [], [], 0
+    if work.decode is not None:
+        decoded = work.decode.page.shape[0]
+        new = New.make(k[:decoded], v[:decoded], work.decode.page, layer.kv.dtype)
         out, lse, pool = attend_decode(
-            q[first].reshape(decode_rows, K, N // K, H).swapaxes(0, 1),
+            q[:decoded].reshape(decoded, K, N // K, H).swapaxes(0, 1),
             new,
             pool,
-            rows.kv_length[first],
-            rows.page_table[first],
+            work.decode.tiles,
+            work.table,
             scale=scale,
-            sizes=decode,
+            sizes=work.decode_sizes,
             interpret=interpret,
         )
-        outs.append(out.swapaxes(0, 1).reshape(decode_rows, N, H))
-        lses.append(lse.swapaxes(0, 1).reshape(decode_rows, N))
-    if max_query:
-        pool = append_chunks(k, v, pool, rows, decode_rows, interpret)
+        outs.append(out.swapaxes(0, 1).reshape(decoded, N, H))
+        lses.append(lse.swapaxes(0, 1).reshape(decoded, N))
+    if work.chunks is not None:
+        q, k, v = (x[decoded:] for x in (q, k, v))
+        pool = append_chunks(k, v, pool, work.chunks.append, interpret)
         out, lse = attend_chunks(
-            q, pool, rows, decode_rows=decode_rows, scale=scale, sizes=prefill, interpret=interpret
+            q, pool, work.chunks, work.table, scale=scale, sizes=work.chunk_sizes, interpret=interpret
         )
         outs.append(out)
         lses.append(lse)

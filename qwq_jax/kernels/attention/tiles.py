@@ -9,8 +9,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qwq_jax.kernels.attention.pages import RaggedRows
-
 
 class Tiles(NamedTuple):
     """n tiles, and the work on them: item `start[t] + j` of a kv head is block j of tile t.
@@ -112,16 +110,3 @@ def cut_runs(begin: jax.Array, end: jax.Array, position: jax.Array, *, tokens: i
     live = index < before[-1] + count[-1]
     inside = live[:, None] & (token >= begin[row][:, None]) & (token < end[row][:, None])
     return Pieces(row, live, jnp.clip(token, 0, tokens - 1), position[row] + shift, inside)
-
-
-def chunk_runs(rows: RaggedRows, decode_rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """First and last token, counted from `decode_rows`, and first position of the rows that are chunks of prompts."""
-    length = rows.kv_length[decode_rows:]
-    begin, end = (x - decode_rows for x in (rows.query_start[decode_rows:-1], rows.query_start[decode_rows + 1 :]))
-    end = jnp.where(length > 0, end, begin)
-    return begin, end, length - (end - begin)
-
-
-def page_rows(table: jax.Array) -> jax.Array:
-    """The page table `[B, W]` as rows that can be copied one by one, `[B, 1, W']` with W' a multiple of 128."""
-    return jnp.pad(table, ((0, 0), (0, -table.shape[1] % 128)))[:, None]
