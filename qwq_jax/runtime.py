@@ -22,6 +22,7 @@ from qwq_jax.interrupt import Interrupted, StopRequested
 __all__ = [
     "Interrupted",
     "StopRequested",
+    "add_tpu_flags",
     "cache_directory",
     "compile_cache",
     "compile_for_tpus",
@@ -79,6 +80,11 @@ def compile_for_tpus() -> None:
     # There is no TPU to ask what it is, and others may compile at the same time.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
     jax.config.update("jax_platforms", "cpu")
+
+
+def add_tpu_flags(flags: str) -> None:
+    """Flags for libtpu, which reads them when it is loaded; a user's own, which come after them, have the last word."""
+    os.environ[_TPU_FLAGS] = f"{flags} {os.environ.get(_TPU_FLAGS, '')}"
 
 
 def plan_directory() -> Path:

@@ -185,11 +185,11 @@ def program_names(job: Job) -> list[str]:
         return ["prompts", "decode"]
     if job.kind == "sft":
         return ["step"]
-    names = ["gradient", "prompts"]
+    names = ["gradient", "prompts", "decode"]
     names += ["log-probabilities"] if job.config.needs_old_logprobs else []
     names += ["reference"] if job.config.objective.uses_reference else []
     names += ["reward model"] if job.reward_model is not None else []
-    return [*names, "decode", "sync", "update"]
+    return [*names, "sync", "update"]
 
 
 def arranged(job: Job, mesh: MeshConfig) -> tuple[Job, tuple[str, ...]]:

@@ -41,6 +41,8 @@ from qwq_jax.rl.rewards.inside.supervisor import die_with_parent
 # What libtpu writes of a program when its memory is assigned, in this order.
 _ASSIGNMENT, _TEXT = "*after_optimizations-buffer-assignment.txt", "*after_optimizations_after_buffer_assignment.txt"
 _POLL = 0.1  # seconds
+# Sparse cores' code is made before the rest is decided, and decides nothing of it.
+_LEAST_CODE = "--xla_sc_backend_opt_level=O2 --xla_sc_disable_mlo_loop_unroll=true"
 
 
 def main() -> int:
@@ -80,6 +82,8 @@ def _answer_and_end(line: str, folder: Path, lines: TextIO, parent: int) -> NoRe
     try:
         die_with_parent(parent)
         request = json.loads(line)
+        if not request["job"].get("machine_code", False):
+            runtime.add_tpu_flags(_LEAST_CODE)
         try:
             found = {"answer": answer_request(request["job"], request["task"], folder)}
         except ValueError as error:
@@ -188,10 +192,7 @@ def measure_program(work: Work, name: str, folder: Path, *, live: int, machine_c
 
 def _compiled(lowered: Any, folder: Path, *, machine_code: bool) -> Any:
     """The compiled program; None without machine code: what was decided is in the folder."""
-    options: dict[str, Any] = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
-    if not machine_code:
-        # Sparse cores' code is made before the rest is decided, and decides nothing: least effort that libtpu allows.
-        options["xla_sc_backend_opt_level"] = "O2"
+    options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
     program = ThreadPoolExecutor(1).submit(lowered.compile, compiler_options=options)
     if machine_code:
         return program.result()

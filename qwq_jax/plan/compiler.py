@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from threading import Lock
 from typing import Any, Self
 
 PACKAGE = Path(__file__).parents[1]
@@ -49,7 +50,7 @@ class CompilerFailed(RuntimeError):
 
 
 class Workers:
-    """Processes that compile, started when there is something to find out, and ended with the `with` block.
+    """Processes that compile, all started when there is something to find out, and ended with the `with` block.
 
     Attributes:
         count: Of them, at most.
@@ -59,6 +60,8 @@ class Workers:
         """Starts none yet."""
         self.count = count
         self._idle: deque[_Worker] = deque()
+        self._starting = Lock()
+        self._started = False
 
     def __enter__(self) -> Self:
         """Nothing happens before the first request."""
@@ -76,10 +79,7 @@ class Workers:
             ValueError: The job cannot be compiled so; the sentence says why.
             CompilerFailed: Something else went wrong.
         """
-        try:
-            worker = self._idle.pop()
-        except IndexError:
-            worker = _Worker()
+        worker = self._take()
         with ExitStack() as failing:
             failing.callback(worker.end)
             found = worker.ask(request)
@@ -88,6 +88,13 @@ class Workers:
         if "refused" in found:
             raise ValueError(found["refused"])
         return found["answer"]
+
+    def _take(self) -> "_Worker":
+        with self._starting:
+            if not self._started:  # those that wait for their first request import meanwhile
+                self._idle.extend(_Worker() for _ in range(self.count))
+                self._started = True
+            return self._idle.pop() if self._idle else _Worker()
 
 
 class _Worker:
