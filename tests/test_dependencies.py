@@ -42,12 +42,14 @@ def modules(folder: Path) -> set[str]:
 def test_every_dependency_is_imported():
     extras = [group for extra, group in PROJECT["optional-dependencies"].items() if extra not in OTHER_EXTRAS]
     needed = {name(line) for line in sum(extras, PROJECT["dependencies"])}
-    assert {package for package in needed if MODULES.get(package, package) not in modules(ROOT / "qwq_jax")} == set()
+    imported = modules(ROOT / "qwq_jax")
+    assert {package for package in needed if MODULES.get(package, package) not in imported} == set()
 
 
 def test_every_dependency_of_gcp_is_imported():
     needed = {name(line) for line in PROJECT["optional-dependencies"]["gcp"]}
-    assert {package for package in needed if MODULES.get(package, package) not in modules(ROOT / "gcp")} == set()
+    imported = modules(ROOT / "gcp")
+    assert {package for package in needed if MODULES.get(package, package) not in imported} == set()
 
 
 def test_the_vms_get_what_the_tests_passed_with_and_no_developers_tools():

@@ -91,7 +91,7 @@ def is_gone(process: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("machine_code", [False, True])
+@pytest.mark.parametrize("machine_code", [False, exhaustive(True)])
 def test_a_program_that_does_not_fit_is_refused_either_way(machine_code: bool) -> None:
     job = described(INFERENCE, "v5e:2x4", "engine.num_pages=300000")
     with Workers(1) as workers:

@@ -108,6 +108,7 @@ def test_one_very_long_row_among_short_ones(rng, parts):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_chunk_of_a_prompt_beyond_32_767(rng):
     batch = make_batch(rng, [(5, True)], [(33_000, 40)], heads=(5, 1), page=128, H=128, max_query=40)
     check(batch, serve(batch, "on_wait", block=2048, races=False), TOLERANCE)

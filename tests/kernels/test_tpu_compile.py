@@ -25,6 +25,7 @@ from qwq_jax.kernels.attention import (
     scales_shape,
 )
 from qwq_jax.sharding import decode_layout, make_mesh
+from tests.cases import exhaustive
 
 pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu, which is for Linux on x86-64 only")
 pytestmark = [
@@ -34,7 +35,7 @@ pytestmark = [
 ]
 CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
 # In CI the extremes: one core and integers, two devices a chip and floats; the others when all is run.
-MOST = [name if name in ("v5e", "7x") else pytest.param(name, marks=pytest.mark.exhaustive) for name in CHIPS]
+MOST = [name if name in ("v5e", "7x") else exhaustive(name) for name in CHIPS]
 EIGHT_BIT = {"v4": "int8", "v5e": "int8", "v5p": "int8", "v6e": "int8", "7x": "float8_e4m3fn"}
 CONTEXT, SEQUENCES = 131_072, 256
 
@@ -71,8 +72,8 @@ def compile_paged(chip, tensor, dtype, page=128):
     return jax.jit(step, donate_argnums=3).lower(array((tokens, N, H), bf16), new, new, layer, batch).compile(), layer
 
 
-@pytest.mark.parametrize("tensor", [8, *(pytest.param(size, marks=pytest.mark.exhaustive) for size in (1, 2, 4))])
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("tensor", [8, *map(exhaustive, (1, 2, 4))])
+@pytest.mark.parametrize("chip", MOST)
 def test_paged_attention_compiles_for_every_shard(chip, tensor):
     compiled, layer = compile_paged(chip, tensor, "bfloat16")
     memory, pool = compiled.memory_analysis(), 2 * np.prod(layer.kv.shape)
@@ -80,7 +81,7 @@ def test_paged_attention_compiles_for_every_shard(chip, tensor):
     assert memory.temp_size_in_bytes < 0.1 * pool, "a part of the cache is copied"
 
 
-@pytest.mark.parametrize("chip", MOST)
+@pytest.mark.parametrize("chip", ["7x", *(exhaustive(name) for name in CHIPS if name != "7x")])
 def test_8_bit_caches_compile_and_are_half_as_large(chip):
     """With one kv head a chip too: nothing is padded to the width of a register."""
     compiled, layer = compile_paged(chip, 8, EIGHT_BIT[chip], page=512 if chip == "7x" else 256)
@@ -88,7 +89,7 @@ def test_8_bit_caches_compile_and_are_half_as_large(chip):
     assert compiled.memory_analysis().alias_size_in_bytes == pytest.approx(elements * (1 + 4 / 128), rel=0.001)
 
 
-@pytest.mark.parametrize("chip", MOST)
+@pytest.mark.parametrize("chip", ["v5e", *(exhaustive(name) for name in CHIPS if name != "v5e")])
 def test_dense_attention_compiles_forward_and_backward(chip):
     """Of 131,072 tokens, without a temporary that grows with their square."""
     device = topology(CHIPS[chip]).devices[0]

@@ -69,14 +69,14 @@ def gap(run: TinyRun, groups) -> float:
     return max(float(np.abs(scored - sample.logprobs).max()) for scored, sample in pairs)
 
 
-HALF = [(1.0, False, True, False), (1.0, True, False, True), (0.6, False, False, True), (0.6, True, True, False)]
-REST = [case for case in itertools.product((1.0, 0.6), *[(False, True)] * 3) if case not in HALF]
+OFTEN = [(1.0, False, False, True), (0.6, True, True, False)]
+REST = [case for case in itertools.product((1.0, 0.6), *[(False, True)] * 3) if case not in OFTEN]
 
 
 @pytest.mark.parametrize(
     ("temperature", "lora", "packed", "cache"),
     [
-        *(pytest.param(*case, marks=[pytest.mark.slow] if case[0] == 1.0 else []) for case in HALF),
+        *(pytest.param(*case, marks=[pytest.mark.slow] if case[0] == 1.0 else []) for case in OFTEN),
         *(pytest.param(*case, marks=[pytest.mark.slow, pytest.mark.exhaustive]) for case in REST),
     ],
 )

@@ -15,6 +15,7 @@ TINY = (
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_weights_drawn_by_torch_give_the_same_logits():
     bench = Bench.of(parse(TINY))
     model = gpu_peer.random_model(bench.config, "float32", "cpu")

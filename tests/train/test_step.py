@@ -125,11 +125,10 @@ def test_accumulation_does_not_change_gradients(tiny_config, params, segments, s
 MESHES = [
     *(
         pytest.param(MeshConfig(**axes), marks=[pytest.mark.slow, pytest.mark.exhaustive])
-        for axes in ({"data": 2}, {"data": 8}, {"context": 8})
+        for axes in ({"data": 2}, {"data": 8}, {"context": 8}, {"data": 2, "fsdp": 2, "tensor": 2})
     ),
     pytest.param(MeshConfig(fsdp=8), marks=pytest.mark.slow),
     MeshConfig(tensor=8),
-    MeshConfig(data=2, fsdp=2, tensor=2),
     MeshConfig(fsdp=2, context=2, tensor=2),
 ]
 
