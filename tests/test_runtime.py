@@ -18,6 +18,15 @@ def run(code, **environment):
     )
 
 
+@pytest.mark.parametrize("own", ["--a=3", None])
+def test_flags_for_libtpu_leave_the_last_word_to_the_users_own(monkeypatch, own):
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    if own:
+        monkeypatch.setenv("LIBTPU_INIT_ARGS", own)
+    runtime.add_tpu_flags("--a=1 --b=2")
+    assert os.environ["LIBTPU_INIT_ARGS"].split() == ["--a=1", "--b=2", *([own] if own else [])]
+
+
 def test_stop_is_noted_and_signals_are_given_back():
     before = signal.getsignal(signal.SIGTERM)
     with StopRequested() as stop:
