@@ -76,6 +76,7 @@ def compile_for_tpus() -> None:
     ``_multiple_steps``, ``--xla_tpu_overlap_compute_collective_tc``, ``--xla_enable_async_all_gather``,
     ``--xla_tpu_enable_latency_hiding_scheduler``) leave a step of training as it is, with as many exchanges in the
     background and as much memory: they are libtpu 0.0.52's defaults. A user's own in ``LIBTPU_INIT_ARGS`` hold in both.
+    A plan adds some by `add_tpu_flags`, for machine code that it has no use for.
     """
     # There is no TPU to ask what it is, and others may compile at the same time.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}

@@ -20,9 +20,9 @@ def run(code, **environment):
 
 @pytest.mark.parametrize("own", ["--a=3", None])
 def test_flags_for_libtpu_leave_the_last_word_to_the_users_own(monkeypatch, own):
-    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
-    if own:
-        monkeypatch.setenv("LIBTPU_INIT_ARGS", own)
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", own or "")  # which is undone
+    if own is None:
+        del os.environ["LIBTPU_INIT_ARGS"]
     runtime.add_tpu_flags("--a=1 --b=2")
     assert os.environ["LIBTPU_INIT_ARGS"].split() == ["--a=1", "--b=2", *([own] if own else [])]
 

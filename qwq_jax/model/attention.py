@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from qwq_jax.kernels.attention import (
     PADDING,
@@ -21,7 +20,7 @@ from qwq_jax.kernels.attention import (
     Target,
     attention,
     paged_attention,
-    shared_rows,
+    prepare_rows,
     token_slots,
 )
 from qwq_jax.model.cache import CACHE_AXES
@@ -141,25 +140,27 @@ def paged_attend(
         heads: Query heads of the model.
         layer: Any layer of the cache, for its shapes.
     """
-    _, shared_heads, pages, _, page_size, _ = layer.kv.shape
+    _, kv_heads, pages, _, page_size, _ = layer.kv.shape
     how = {"decode_rows": decode_rows, "max_query": max_query, "target": target_of(layout)}
     cache_spec, replica = layout.spec(CACHE_AXES), layout.spec(("replica",))
     on_device = partial(jax.shard_map, mesh=layout.mesh, check_vma=False)  # kernels do not say over what results vary
-    own = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(NamedSharding(layout.mesh, cache_spec).shard_shape(x.shape)[1:], x.dtype), layer
+    local_layer = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(layout.sharding(CACHE_AXES, x.shape).shard_shape(x.shape)[1:], x.dtype), layer
     )
+    local_heads = heads // kv_heads * local_layer.kv.shape[0]
 
-    def share(rows: RaggedRows) -> Any:
-        tokens, own_heads = batch.positions.shape[1], heads // shared_heads * own.kv.shape[0]
-        return _add_replica(shared_rows(_own_replica(rows), own, tokens=tokens, heads=own_heads, **how))
+    def prepare(rows: RaggedRows) -> Any:
+        tokens = batch.positions.shape[1]
+        return _add_replica(prepare_rows(_own_replica(rows), local_layer, tokens=tokens, heads=local_heads, **how))
 
     slots = jax.vmap(lambda *a: token_slots(*a, page_size=page_size, pages=pages))
     rows = RaggedRows(batch.page_table, batch.kv_length, batch.query_start, slots(*batch))
-    rows = on_device(share, in_specs=(replica,), out_specs=replica)(rows)
+    # Of each replica, and the same for its tensor shards.
+    prepared = on_device(prepare, in_specs=(replica,), out_specs=replica)(rows)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: PagedLayer) -> tuple[jax.Array, PagedLayer]:
-        def local(*own: Any):
-            out, _, layer = paged_attention(*_own_replica(own), scale=q.shape[-1] ** -0.5, **how)
+        def local(*arguments: Any):
+            out, _, layer = paged_attention(*_own_replica(arguments), scale=q.shape[-1] ** -0.5, **how)
             return _add_replica((out, layer))
 
         by_head = layout.spec(("replica", None, "heads", None))
@@ -167,15 +168,13 @@ def paged_attend(
         sharded = on_device(
             local, in_specs=(by_head, shared, shared, cache_spec, replica), out_specs=(by_head, cache_spec)
         )
-        return sharded(q, _share(layout, q, k), _share(layout, q, v), cache, rows)
+        return sharded(q, _share(layout, q, k), _share(layout, q, v), cache, prepared)
 
     return attend
 
 
-# One replica a device: vmap would only turn the kernels' branches into selects.
-
-
 def _own_replica(tree: Any) -> Any:
+    """What a device has of arrays with a replica axis, where vmap would turn the kernels' branches into selects."""
     return jax.tree.map(lambda x: x[0], tree)
 
 

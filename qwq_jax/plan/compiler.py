@@ -50,7 +50,9 @@ class CompilerFailed(RuntimeError):
 
 
 class Workers:
-    """Processes that compile, all started when there is something to find out, and ended with the `with` block.
+    """Processes that compile, started when there is something to find out, and ended with the `with` block.
+
+    The second one starts with the first, and imports while that one works; others when they are asked.
 
     Attributes:
         count: Of them, at most.
@@ -91,8 +93,8 @@ class Workers:
 
     def _take(self) -> "_Worker":
         with self._starting:
-            if not self._started:  # those that wait for their first request import meanwhile
-                self._idle.extend(_Worker() for _ in range(self.count))
+            if not self._started:
+                self._idle.extend(_Worker() for _ in range(min(self.count, 2)))
                 self._started = True
             return self._idle.pop() if self._idle else _Worker()
 
@@ -105,6 +107,7 @@ class _Worker:
         self._folder = tempfile.TemporaryDirectory()
         # What a compiler complains of would fill a pipe that nobody reads.
         self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  closed by `end`
+        self._told = 0  # bytes of them, of requests that were answered
         self._process = subprocess.Popen(
             [sys.executable, "-m", WORKER, self._folder.name],
             stdin=subprocess.PIPE,
@@ -115,7 +118,6 @@ class _Worker:
 
     def ask(self, request: Request) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
-        told = os.fstat(self._complaints.fileno()).st_size  # of the requests before
         try:
             self._process.stdin.write(request.text + "\n")
             self._process.stdin.flush()
@@ -124,12 +126,14 @@ class _Worker:
             line = ""
         if line.endswith("\n"):
             try:
-                return json.loads(line)
+                answer = json.loads(line)
             except json.JSONDecodeError:
                 self._process.kill()
                 raise CompilerFailed(f"{request.task}: its process said {line.strip()!r}, which is no answer") from None
+            self._told = os.fstat(self._complaints.fileno()).st_size
+            return answer
         code = self._process.wait()
-        self._complaints.seek(told)
+        self._complaints.seek(self._told)
         lines = self._complaints.read().decode(errors="replace").strip().splitlines()
         how = f"ended by signal {-code}, which for lack of memory is 9" if code < 0 else f"ended with code {code}"
         raise CompilerFailed("\n".join([f"{request.task}: the process that compiled {how}", *lines[-_LINES:]]))

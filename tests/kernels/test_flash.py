@@ -79,11 +79,15 @@ def test_any_length_and_narrow_heads(rng, length, width):
 
 
 @pytest.mark.parametrize(
-    ("packed", "looped"), [exhaustive(False, False), exhaustive(True, False), slow(False, True), exhaustive(True, True)]
+    ("packed", "looped", "heads"),
+    [
+        *(exhaustive(packed, looped, (2, 1)) for packed in (False, True) for looped in (False, True)),
+        slow(False, True, (1, 1)),
+    ],
 )
-def test_diagonal_in_parts(rng, packed, looped):
+def test_diagonal_in_parts(rng, packed, looped, heads):
     """Chunks as long as a query block: those on the diagonal are computed in parts, without what they cannot see."""
-    q, k, v, d_out = draw(rng, (1, 768, 128), (1, 1))
+    q, k, v, d_out = draw(rng, (1, 768, 128), heads)
     # A border in the middle of a block, one at its end: mixed chunks on the diagonal and off it.
     segments = jnp.asarray(np.repeat([[1, 1, 2, 3, 3, 3]], 128, axis=1), jnp.int32) if packed else None
     forward, backward = Sizes(256, 768, 256, looped=looped), Sizes(256, 768, 256)

@@ -84,6 +84,22 @@ def test_a_process_answers_one_request_after_another(tmp_path: Path) -> None:
     assert another["process"] != first[0]["process"], "the one that failed is not asked again"
 
 
+def test_a_second_process_starts_with_the_first_and_no_third(tmp_path: Path) -> None:
+    with Workers(8) as workers:
+        workers.ask(*requests_of(tmp_path, "one"))
+        assert len(workers._idle) == 2
+
+
+def test_what_ended_a_process_before_it_was_asked_is_told_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "WORKER", "tests.plan.no_worker")
+    with Workers(2) as workers:
+        for _ in range(2):
+            with pytest.raises(CompilerFailed, match=r"No module named tests\.plan\.no_worker"):
+                workers.ask(*requests_of(tmp_path, "one"))
+            for idle in workers._idle:
+                idle._process.wait(60)
+
+
 def test_kept_answers_start_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ask(tmp_path, "one")
     monkeypatch.setattr(compiler, "WORKER", "tests.plan.no_worker")

@@ -8,7 +8,7 @@ from qwq_jax.kernels.attention.dispatch import (
     attention,
     attention_with_lse,
     paged_attention,
-    shared_rows,
+    prepare_rows,
 )
 from qwq_jax.kernels.attention.flash import LANES
 from qwq_jax.kernels.attention.pages import (
@@ -37,7 +37,7 @@ __all__ = [
     "check_page",
     "is_quantized",
     "paged_attention",
+    "prepare_rows",
     "scales_shape",
-    "shared_rows",
     "token_slots",
 ]

@@ -136,7 +136,7 @@ def attention_with_lse(
     return flash_attention(q, k, v, segment_ids, options, ids)
 
 
-def shared_rows(
+def prepare_rows(
     rows: RaggedRows,
     layer: PagedLayer,
     *,
@@ -159,13 +159,28 @@ def shared_rows(
         target: What is compiled for.
         implementation: Which one.
 
+    Returns:
+        For the Pallas kernels their work; the rows as they are for others.
+
     Raises:
-        ValueError: The kernels' tiles do not fit the chip.
+        ValueError: The named implementation cannot serve this call, or its tiles do not fit the chip.
     """
     if _choose(implementation, target) is not Implementation.PALLAS:
         return rows
-    counts = {"tokens": tokens, "heads": heads, "decode_rows": decode_rows, "max_query": max_query}
-    return _find_work(rows, layer, target, **counts)
+    _need_tpu(target)
+    K, _, _, page, H = layer.kv.shape
+    decode, prefill = paged_sizes(
+        target.device_kind,
+        groups=heads // K,
+        head_dim=H,
+        page=page,
+        dtype=layer.kv.dtype,
+        rows=decode_rows,
+        tokens=tokens,
+        table_width=rows.page_table.shape[1],
+    )
+    counts = {"tokens": tokens, "decode_rows": decode_rows, "max_query": max_query}
+    return find_work(rows, layer, **counts, decode=decode, prefill=prefill)
 
 
 def paged_attention(
@@ -188,7 +203,7 @@ def paged_attention(
         k: `[T, K, H]` new keys.
         v: `[T, K, H]` new values.
         layer: Cache of this layer; its heads may be wider than H, and must be a multiple of 128 for the TPU kernel.
-        rows: Layout of the batch, B rows; or `shared_rows` of it and of the same arguments.
+        rows: Layout of the batch, B rows; or what `prepare_rows` made of it with the same arguments.
         scale: Factor on the scores.
         decode_rows: Static number of single-token rows, which come first.
         max_query: Static bound on the tokens of any other row; 0 where there are none.
@@ -199,37 +214,20 @@ def paged_attention(
         ValueError: The named implementation cannot serve this call, or its tiles do not fit the chip.
     """
     chosen = _choose(implementation, target)
+    counts = {"decode_rows": decode_rows, "max_query": max_query}
     if chosen is Implementation.REFERENCE:
-        assert isinstance(rows, RaggedRows), "rows were shared for another implementation"
+        assert isinstance(rows, RaggedRows), "rows were prepared for another implementation"
         blocks = reference.GPU_BLOCKS if target.platform == "gpu" else reference.CPU_BLOCKS
-        return reference.paged_attention(
-            q, k, v, layer, rows, scale=scale, decode_rows=decode_rows, max_query=max_query, blocks=blocks
-        )
+        return reference.paged_attention(q, k, v, layer, rows, scale=scale, **counts, blocks=blocks)
     if chosen is not Implementation.PALLAS:
         raise ValueError(f"{chosen.value} has no paged attention: use pallas or reference")
     _need_tpu(target)
     if isinstance(rows, RaggedRows):
-        counts = {"tokens": q.shape[0], "heads": q.shape[1], "decode_rows": decode_rows, "max_query": max_query}
-        rows = _find_work(rows, layer, target, **counts)
+        how = {"target": target, "implementation": chosen}
+        rows = prepare_rows(rows, layer, tokens=q.shape[0], heads=q.shape[1], **counts, **how)
+        assert isinstance(rows, RaggedWork)
+    assert rows.is_of(q.shape[0], layer, **counts), "rows were prepared for another batch or another cache"
     return ragged_attention(q, k, v, layer, rows, scale=scale, interpret=target.interpret)
-
-
-def _find_work(
-    rows: RaggedRows, layer: PagedLayer, target: Target, *, tokens: int, heads: int, decode_rows: int, max_query: int
-) -> RaggedWork:
-    K, _, _, page, H = layer.kv.shape
-    decode, prefill = paged_sizes(
-        target.device_kind,
-        groups=heads // K,
-        head_dim=H,
-        page=page,
-        dtype=layer.kv.dtype,
-        rows=decode_rows,
-        tokens=tokens,
-        table_width=rows.page_table.shape[1],
-    )
-    counts = {"tokens": tokens, "decode_rows": decode_rows, "max_query": max_query}
-    return find_work(rows, layer, **counts, decode=decode, prefill=prefill)
 
 
 def _choose(implementation: Implementation, target: Target) -> Implementation:

@@ -7,21 +7,9 @@ import jax.numpy as jnp
 
 from qwq_jax.kernels.attention.append import append_chunks
 from qwq_jax.kernels.attention.decode_call import New, attend_decode
-from qwq_jax.kernels.attention.flash import LANES
-from qwq_jax.kernels.attention.pages import PagedLayer, PagedOutput, check_page, unit_tokens, widen
+from qwq_jax.kernels.attention.pages import PagedLayer, PagedOutput, unit_tokens, widen
 from qwq_jax.kernels.attention.prefill_call import attend_chunks
-from qwq_jax.kernels.attention.stream import PagedSizes
 from qwq_jax.kernels.attention.work import RaggedWork
-
-
-def check_pages(layer: PagedLayer, sizes: PagedSizes) -> None:
-    """Raises ValueError, with what would work, if the kernels cannot serve this pool."""
-    *_, page, H = layer.kv.shape
-    check_page(page, layer.kv.dtype)
-    if H % LANES:
-        raise ValueError(f"the paged TPU kernel needs a cache with heads a multiple of {LANES} wide, not {H}")
-    if sizes.block_kv % page or sizes.block_kv % LANES:
-        raise ValueError(f"blocks of {sizes.block_kv} are no multiple of {LANES} and of pages of {page} tokens")
 
 
 def ragged_attention(
@@ -44,15 +32,10 @@ def ragged_attention(
         work: From `find_work` of the batch, for such a layer.
         scale: Factor on the scores.
         interpret: For `pl.pallas_call`.
-
-    Raises:
-        ValueError: The kernels cannot serve such pages.
     """
     wanted, H = q.shape[2], layer.kv.shape[4]
     q, k, v = (widen(x, H) for x in (q, k, v))
     N, K = q.shape[1], k.shape[1]
-    check_pages(layer, work.decode_sizes)
-    check_pages(layer, work.chunk_sizes)
     pool, outs, lses, decoded = _unit_view(layer), [], [], 0
     if work.decode is not None:
         decoded = work.decode.page.shape[0]

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qwq_jax.kernels.attention.pages import PagedLayer, RaggedRows, unit_tokens
+from qwq_jax.kernels.attention.flash import LANES
+from qwq_jax.kernels.attention.pages import PagedLayer, RaggedRows, check_page, unit_tokens
 from qwq_jax.kernels.attention.stream import PagedSizes
 from qwq_jax.kernels.attention.tiles import Pieces, Tiles, cut_runs, make_tiles
 
@@ -67,9 +68,10 @@ class ChunkWork(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RaggedWork:
-    """All of it for a batch.
+    """What the kernels do for a batch, whatever the layer. All arrays are those of one replica.
 
     Attributes:
+        kv_heads: Local kv heads of the cache; static, as the sizes are.
         decode_sizes: What the rows of one token are served with.
         chunk_sizes: What chunks of prompts are served with.
         table: `[B, 1, W']` int32, the page table as rows that can be copied one by one; W' is a multiple of 128.
@@ -77,11 +79,21 @@ class RaggedWork:
         chunks: None where there are none.
     """
 
+    kv_heads: int = field(metadata={"static": True})
     decode_sizes: PagedSizes = field(metadata={"static": True})
     chunk_sizes: PagedSizes = field(metadata={"static": True})
     table: jax.Array
     decode: DecodeWork | None
     chunks: ChunkWork | None
+
+    def is_of(self, tokens: int, layer: PagedLayer, *, decode_rows: int, max_query: int) -> bool:
+        """Whether it was made for so many flat tokens, such rows, and such a cache."""
+        decoded = 0 if self.decode is None else self.decode.page.shape[0]
+        known = self.kv_heads == layer.kv.shape[0] and decoded == decode_rows
+        if self.chunks is None:
+            return known and not max_query and tokens == decoded
+        places = self.chunks.append.token.shape[1], self.chunks.tile.shape[0]
+        return known and max_query > 0 and places == (unit_tokens(layer.kv.dtype), tokens - decoded)
 
 
 def find_work(
@@ -94,7 +106,7 @@ def find_work(
     decode: PagedSizes,
     prefill: PagedSizes,
 ) -> RaggedWork:
-    """The work of a batch.
+    """What the kernels shall do for a batch: integers only, of a few times its tokens.
 
     Args:
         rows: The batch.
@@ -104,7 +116,15 @@ def find_work(
         max_query: 0 where there are no other rows.
         decode: Tiles for those rows.
         prefill: Tiles for the others.
+
+    Returns:
+        The work, for each layer of such a cache.
+
+    Raises:
+        ValueError: The kernels cannot serve such pages.
     """
+    _check_pages(layer, decode)
+    _check_pages(layer, prefill)
     K, _, _, page, _ = layer.kv.shape
     W = rows.page_table.shape[1]
     table = jnp.pad(rows.page_table, ((0, 0), (0, -W % 128)))[:, None]
@@ -117,7 +137,17 @@ def find_work(
         runs = _chunk_runs(rows, decode_rows)
         append = _append_work(runs, rows.page_table[decode_rows:], tokens - decode_rows, page, layer.kv.dtype)
         several = ChunkWork(append, *_chunk_tiles(runs, decode_rows, tokens - decode_rows, K, prefill))
-    return RaggedWork(decode, prefill, table, one, several)
+    return RaggedWork(K, decode, prefill, table, one, several)
+
+
+def _check_pages(layer: PagedLayer, sizes: PagedSizes) -> None:
+    """Raises ValueError, with what would work, if the kernels cannot serve this pool."""
+    *_, page, H = layer.kv.shape
+    check_page(page, layer.kv.dtype)
+    if H % LANES:
+        raise ValueError(f"the paged TPU kernel needs a cache with heads a multiple of {LANES} wide, not {H}")
+    if sizes.block_kv % page or sizes.block_kv % LANES:
+        raise ValueError(f"blocks of {sizes.block_kv} are no multiple of {LANES} and of pages of {page} tokens")
 
 
 def _chunk_runs(rows: RaggedRows, decode_rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -152,8 +182,8 @@ def _chunk_tiles(
     tiles = make_tiles(
         decode_rows + pieces.row, pieces.position, length, block=sizes.block_kv, kv_heads=kv_heads, parts=sizes.parts
     )
-    token = jnp.where(pieces.inside, pieces.token, tokens)
-    where = jnp.zeros(tokens + 1, jnp.int32).at[token].set(jnp.arange(n * size, dtype=jnp.int32).reshape(n, size))
+    target = jnp.where(pieces.inside, pieces.token, tokens)  # places without a token go beyond the last one
+    where = jnp.zeros(tokens + 1, jnp.int32).at[target].set(jnp.arange(n * size, dtype=jnp.int32).reshape(n, size))
     return tiles, pieces.token, where[:tokens] // size, where[:tokens] % size
 
 

@@ -21,22 +21,24 @@ DECODED, CHUNKS, TOKENS, PAGES = 4, 2, 36, 16
 
 
 @pytest.mark.filterwarnings("ignore")  # libtpu looks for the machine it is on, and says that there is none
-def test_what_layers_have_in_common_is_done_once_a_step(tiny_config):
+@pytest.mark.parametrize(("tensor", "dtype"), [(2, "bfloat16"), (4, "int8")], ids=["", "kv heads shared, 8 bits"])
+def test_what_layers_have_in_common_is_done_once_a_step(monkeypatch, tiny_config, tensor, dtype):
     """A compiler need not see that all layers do the same: libtpu does not for tpu7x."""
-    one, three = (Counter(primitives(trace_layers(tiny_config, count))) for count in (1, 3))
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+    one, three = (Counter(primitives(trace_layers(tiny_config, count, tensor, dtype))) for count in (1, 3))
     bookkeeping = ("cumsum", "cummin", "scan", "while", "argmax", "scatter", "rem")
     assert {name: three[name] for name in bookkeeping} == {name: one[name] for name in bookkeeping}
     assert all(one[name] for name in ("cumsum", "cummin", "scatter", "rem"))
     assert (one["pallas_call"], three["pallas_call"]) == (3, 9)
 
 
-def trace_layers(model: ModelConfig, count: int) -> Any:
+def trace_layers(model: ModelConfig, count: int, tensor: int, dtype: str) -> Any:
     """A step with chunks of prompts that sees the cache of one layer `count` times."""
-    layout = decode_layout(
-        make_mesh(MeshConfig(data=2, tensor=2), described_devices(parse_topology("tpu7x:2x2x1"))[:4])
-    )
+    devices = described_devices(parse_topology("tpu7x:2x2x1"))[: 2 * tensor]
+    layout = decode_layout(make_mesh(MeshConfig(data=2, tensor=tensor), devices))
     N, K, H, rows = model.num_heads, model.num_kv_heads, model.head_dim, DECODED + CHUNKS
-    spec = cache_spec(model, layout, replicas=2, pages=PAGES, page_size=128, dtype=jnp.bfloat16)
+    spec = cache_spec(model, layout, replicas=2, pages=PAGES, page_size=128, dtype=dtype)
 
     def step(batch: PagedBatch, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> Any:
         attend = paged_attend(layout, batch, decode_rows=DECODED, max_query=32, heads=N, layer=cache)
