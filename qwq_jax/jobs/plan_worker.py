@@ -81,6 +81,7 @@ def _answer_and_end(line: str, folder: Path, lines: TextIO, parent: int) -> NoRe
     """Writes the answer of a request; then the process ends at once, whatever the compiler is doing."""
     try:
         die_with_parent(parent)
+        gc.disable()  # the copy ends before that would pay
         request = json.loads(line)
         if not request["job"].get("machine_code", False):
             runtime.add_tpu_flags(_LEAST_CODE)
