@@ -85,13 +85,14 @@ def test_the_trainer_says_what_the_engine_said(made, temperature, lora, packed, 
     before = run.engine.stats.shared_tokens
     batch = run.rollouts().batch(run.prompts, 4, step=1, refill=False)
     assert (run.engine.stats.shared_tokens > before) == cache, "the prefix cache was used"
-    rows = run.policy.rows.plan([Segment(*gather(batch.groups, run.learning.objective).sequence(0))] * 8).rows
+    experience = gather(batch.groups, run.learning.objective)
+    sequences = [Segment(*experience.sequence(i)) for i in range(len(experience.samples))]
+    longest = max(sequences, key=lambda each: each.tokens.size)  # of others, which ended early, several fill a row
+    rows = run.policy.rows.plan([longest] * 8).rows
     assert (max(map(len, rows)) > 1) == packed
     assert gap(run, batch.groups) < TOLERANCE
     if lora:
-        experience = gather(batch.groups, run.learning.objective)
-        plain = [Segment(*experience.sequence(0))]
-        without = run.policy.score_reference(run.policy.frozen, plain)[0]
+        without = run.policy.score_reference(run.policy.frozen, sequences[:1])[0]
         assert np.abs(without - experience.samples[0].logprobs).max() > 0.1, "adapters that do nothing prove nothing"
 
 
