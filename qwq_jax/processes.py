@@ -33,8 +33,9 @@ NEWS_SECONDS = 1.0
 STEPS_PER_DECISION = 8
 # The sum of both, and of two beats for process 0, stays well below the minute after which JAX aborts a process.
 BEAT_SECONDS = 2.0
-# Shorter than JAX's own patience, longer than any pause of a living thread.
-SILENCE_SECONDS = 40.0
+# Shorter than JAX's own patience, longer than any pause of a living thread. On CPUs XLA aborts a process, some of whose
+# devices wait for one that waits for another process, after 40 seconds.
+SILENCE_SECONDS = 30.0
 # A process whose beat goes on but whose work does not hangs: longer than compiling, saving or loading may take.
 STUCK_SECONDS = 1800.0
 # How often process 0 says how the hosts do.

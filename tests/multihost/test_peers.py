@@ -182,7 +182,7 @@ def test_a_process_that_is_silent_is_named() -> None:
     watch = Watch(Memory(), 1, lambda: 0, clock)
     assert watch.silent(beats(3, 3, beat=1)) is None
     clock.seconds = SILENCE_SECONDS
-    assert watch.silent([beats(3, 3, beat=1)[0], beats(3, 3, beat=2)[1]]) == "process 0 has not been heard of for 40 s"
+    assert watch.silent([beats(3, 3, beat=1)[0], beats(3, 3, beat=2)[1]]) == "process 0 has not been heard of for 30 s"
 
 
 def test_process_0_says_how_all_processes_do(caplog: pytest.LogCaptureFixture) -> None:
