@@ -127,7 +127,7 @@ def find_work(
     _check_pages(layer, prefill)
     K, _, _, page, _ = layer.kv.shape
     W = rows.page_table.shape[1]
-    table = jnp.pad(rows.page_table, ((0, 0), (0, -W % 128)))[:, None]
+    table = jnp.pad(rows.page_table, ((0, 0), (0, -W % LANES)))[:, None]
     one = several = None
     if decode_rows:
         row, length = jnp.arange(decode_rows, dtype=jnp.int32), rows.kv_length[:decode_rows]
