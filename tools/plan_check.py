@@ -4,15 +4,16 @@
 
 Steps of fine-tuning and of decoding are compiled for the CPU, their text is read by what reads a TPU's, and they get
 the least time that the same roofline gives, with peaks that are measured first: of a large product, and of a sum over
-more than the caches hold. The first case of each kind is timed and calibrates, as a user's measurement does; the others
-are predicted before they are timed. Exits with 1 if a prediction is further off than 25 %.
+more than the caches hold. The first case of each kind is timed and calibrates, as a user's measurement does, and the
+others are predicted; all are timed in turns. Exits with 1 if a prediction is further off than 25 %.
 """
 
 import argparse
+import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,13 +118,12 @@ def main() -> int:
 
 def compare(cases: tuple[Case, ...], machine: Topology, repetitions: int) -> tuple[list[str], float]:
     """Rows of the table, and how far off the worst prediction is; the first case of a program calibrates."""
+    programs = [(training if case.program == "step" else decoding)(case) for case in cases]
     calibration, lines, worst = Calibration(), [], 0.0
-    for case in cases:
-        compiled = (training if case.program == "step" else decoding)(case)
+    for case, compiled, seconds in zip(cases, programs, times_in_turns(programs, repetitions), strict=True):
         calibrates = not any(each.program == case.program for each in calibration.measured)
         factor = calibration.factor(CHIP, case.program)
         predicted = least_seconds(compiled.cost, machine, tensor=1, factor=factor)
-        seconds = best_seconds(compiled, repetitions)
         if calibrates:
             measured = Measured(chip=CHIP, program=case.program, seconds=seconds, predicted=predicted.total)
             calibration = Calibration(measured=(*calibration.measured, measured))
@@ -135,7 +135,6 @@ def compare(cases: tuple[Case, ...], machine: Topology, repetitions: int) -> tup
             f"| {case.program} | {case.name} | {predicted.bound} | {1e3 * predicted.total:.1f} | {1e3 * seconds:.1f} | "
             f"{verdict} |"
         )
-        print(lines[-1], flush=True)
     return lines, worst
 
 
@@ -214,15 +213,20 @@ def cost_of(compiled: Any, *, added_flops: float = 0.0, added_bytes: int = 0) ->
     )
 
 
-def best_seconds(compiled: Compiled, repetitions: int) -> float:
-    """The least time of one step, after a run to warm up."""
-    compiled.run()
-    times = []
-    for _ in range(repetitions):
-        began = time.perf_counter()
-        compiled.run()
-        times.append(time.perf_counter() - began)
-    return min(times) / compiled.steps
+def times_in_turns(programs: Sequence[Compiled], repetitions: int) -> list[float]:
+    """The least seconds of one step of each, after a run to warm up.
+
+    Each runs once a turn: a machine is slower in some minutes, and what is compared should share them.
+    """
+    best = [math.inf] * len(programs)
+    for turn in range(repetitions + 1):
+        for i, compiled in enumerate(programs):
+            began = time.perf_counter()
+            compiled.run()
+            seconds = (time.perf_counter() - began) / compiled.steps
+            best[i] = min(best[i], seconds) if turn else best[i]
+            print(f"turn {turn} of {repetitions}: {1e3 * seconds:.1f} ms", flush=True)
+    return best
 
 
 def measure_machine(repetitions: int) -> Topology:
@@ -230,9 +234,9 @@ def measure_machine(repetitions: int) -> Topology:
     square, long = jnp.ones((2048, 2048)), jnp.ones((1 << 28,))
     product = jax.jit(lambda x: x @ x)
     total = jax.jit(lambda x: jnp.sum(x))
-    flops = 2 * 2048**3 / best_seconds(Compiled(_NOTHING, lambda: product(square).block_until_ready()), 4 * repetitions)
-    bandwidth = long.nbytes / best_seconds(Compiled(_NOTHING, lambda: total(long).block_until_ready()), repetitions)
-    return machine_of(bandwidth, flops)
+    best = lambda run, count: times_in_turns([Compiled(_NOTHING, lambda: run().block_until_ready())], count)[0]  # noqa: E731
+    flops = 2 * 2048**3 / best(lambda: product(square), 4 * repetitions)
+    return machine_of(long.nbytes / best(lambda: total(long), repetitions), flops)
 
 
 def machine_of(bandwidth: float, flops: float) -> Topology:

@@ -21,7 +21,7 @@ from qwq_jax.engine.arrays import arrays_of
 from qwq_jax.engine.step import MAX_TOP_LOGPROBS, EngineShape, Program
 from qwq_jax.logprobs import top_logprobs
 from qwq_jax.model.attention import PagedBatch, paged_attend
-from qwq_jax.model.layers import Attend
+from qwq_jax.model.layers import Attend, take_tokens
 from qwq_jax.model.transformer import Transformer
 from qwq_jax.sampling import Bias, LogitEdits, Penalties, Sampled, SamplingArrays, count_tokens, sample
 from qwq_jax.sharding import Layout
@@ -107,9 +107,11 @@ class Step(NamedTuple):
         query_start = jnp.concatenate([rows, D + arrays["prompt_start"]], axis=1)
         batch = PagedBatch(arrays["page_table"], kv_length, query_start, positions)
         tokens = jnp.concatenate([token, arrays["prompt_token"]], axis=1)
-        hidden, cache = model(tokens, positions, self._attend(model, cache, batch, decode_rows=D, max_query=Tp), cache)
         last = jnp.concatenate([rows, jnp.maximum(D + arrays["prompt_start"][:, 1:] - 1, 0)], axis=1)
-        sampled_hidden = jnp.take_along_axis(hidden, last[:, :, None], axis=1)
+        attend = self._attend(model, cache, batch, decode_rows=D, max_query=Tp)
+        scores = self.program.score  # then the hidden states of all of the prompts' tokens are wanted
+        hidden, cache = model(tokens, positions, attend, cache, kept=None if scores else last)
+        sampled_hidden = take_tokens(hidden, last) if scores else hidden
         drawn_at = jnp.concatenate([arrays["position"] + 1, arrays["prompt_length"]], axis=1)
         drawn = self._sample(model, sampled_hidden, arrays, self._generated(arrays), drawn_at)
         ended = _ends(drawn.tokens, arrays["stop_ids"])
@@ -119,7 +121,7 @@ class Step(NamedTuple):
         put = jax.vmap(lambda all, index, new: all.at[index].set(new, mode="drop"))
         carry = Carry(put(carry.token, into, drawn.tokens[:, D:]), put(carry.alive, into, ~ended[:, D:]))
         decode = jax.tree.map(lambda x: x[:, None, :D], drawn)
-        scored = self._score(model, hidden[:, D:], arrays["target"]) if self.program.score else None
+        scored = self._score(model, hidden[:, D:], arrays["target"]) if scores else None
         return cache, carry, Outcome(decode, jax.tree.map(lambda x: x[:, D:], drawn), scored)
 
     def _draft(self, model: Transformer, cache: Any, carry: Carry, arrays: Arrays) -> tuple[Any, Carry, Outcome]:

@@ -71,6 +71,11 @@ def adapted(y: jax.Array, equation: str, x: jax.Array, adapter: Adapter | None) 
     return y if adapter is None else y + adapter(equation, x)
 
 
+def take_tokens(x: jax.Array, kept: jax.Array | None) -> jax.Array:
+    """The tokens at `kept` `[B, S]` of x `[B, T, ...]`, as `[B, S, ...]`; all of them where it is None."""
+    return x if kept is None else jnp.take_along_axis(x, kept.reshape(*kept.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale (arXiv 1910.07467); statistics in float32: squares of bfloat16 activations lose the mean."""
 
@@ -124,11 +129,20 @@ class Attention(nnx.Module):
         self.o_lora = adapter("o_proj", *o, lora)
 
     def __call__(
-        self, x: jax.Array, rotary: tuple[jax.Array, jax.Array], attend: Attend, cache: Any
+        self,
+        x: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
+        attend: Attend,
+        cache: Any,
+        kept: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        """`[B,T,D]` to `[B,T,D]`; `rotary` is cosine and sine `[B,T,H/2]`; the cache goes through `attend`."""
+        """`[B,T,D]` to `[B,T,D]`; `rotary` is cosine and sine `[B,T,H/2]`; the cache goes through `attend`.
+
+        Of the output only the tokens at `kept` `[B,S]` are given, if told: `[B,S,D]`.
+        """
         q, k, v = self._fused_inputs(x) if self.fused else self._inputs(x)
         out, cache = attend(rotate(q, *rotary), rotate(k, *rotary), v, cache)
+        out = take_tokens(out, kept)
         return adapted(self._output(out), "btnh,nhd->btd", out, self.o_lora), cache
 
     def _inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -204,9 +218,14 @@ class Block(nnx.Module):
         self.mlp = MLP(config, weights, lora)
 
     def __call__(
-        self, x: jax.Array, rotary: tuple[jax.Array, jax.Array], attend: Attend, cache: Any
+        self,
+        x: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
+        attend: Attend,
+        cache: Any,
+        kept: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        """`[B,T,D]` to `[B,T,D]`, and the layer's cache."""
-        out, cache = self.attention(self.attention_norm(x), rotary, attend, cache)
-        x = x + out
+        """`[B,T,D]` to `[B,T,D]`, or `[B,S,D]` of the tokens at `kept` `[B,S]`; and the layer's cache."""
+        out, cache = self.attention(self.attention_norm(x), rotary, attend, cache, kept)
+        x = take_tokens(x, kept) + out
         return x + self.mlp(self.mlp_norm(x)), cache

@@ -103,6 +103,7 @@ class Transformer(nnx.Module):
         cache: tuple[Any, ...] | None = None,
         *,
         layout: Layout | None = None,
+        kept: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[Any, ...] | None]:
         """Runs the decoder up to its final norm.
 
@@ -113,18 +114,21 @@ class Transformer(nnx.Module):
             cache: One entry a layer, handed to `attend` (unrolled only).
             layout: The mesh of training (stacked only): what one layer hands to the next, which the backward pass keeps
                 of each, is cut over tokens by the devices that share a layer (arXiv 2205.05198, section 4.2.2).
+            kept: `[B, S]` int32, the tokens whose hidden states are wanted (unrolled only); None: all. Of the others
+                the last layer computes keys and values, and nothing after its attention.
 
         Returns:
-            Hidden states `[B, T, D]` in the activation dtype, and the cache.
+            Hidden states `[B, T, D]`, or `[B, S, D]`, in the activation dtype, and the cache.
         """
         x = look_up(self.embed.embedding[...], tokens, self.dtype)
         rotary = rotary_tables(positions, self.config)
         if self.stacked:
             assert cache is None, "a scan over layers would copy the cache"
+            assert kept is None, "layers of a scan are alike"
             x = self._scan(x, rotary, attend, layout)
         else:
             entries = cache if cache is not None else (None,) * len(self.layers)
-            x, updated = self._unrolled(x, rotary, attend, entries)
+            x, updated = self._unrolled(x, rotary, attend, entries, kept)
             cache = updated if cache is not None else None
         return self.final_norm(x), cache
 
@@ -165,17 +169,24 @@ class Transformer(nnx.Module):
         return self.head.kernel_scale[...]
 
     def _unrolled(
-        self, x: jax.Array, rotary: tuple[jax.Array, jax.Array], attend: Attend, entries: tuple[Any, ...]
+        self,
+        x: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
+        attend: Attend,
+        entries: tuple[Any, ...],
+        kept: jax.Array | None,
     ) -> tuple[jax.Array, tuple[Any, ...]]:
         graph, updated = nnx.split(self.layers[0])[0], []
 
         @jax.jit
-        def run(weights: nnx.State, x: jax.Array, entry: Any) -> tuple[jax.Array, Any]:
-            return nnx.merge(graph, weights)(x, rotary, attend, entry)
+        def run(weights: nnx.State, x: jax.Array, entry: Any, kept: jax.Array | None) -> tuple[jax.Array, Any]:
+            return nnx.merge(graph, weights)(x, rotary, attend, entry, kept)
 
-        # All layers call one function, which is traced and lowered once; the compiler inlines it.
-        for block, entry in zip(self.layers, entries, strict=True):
-            x, entry = run(nnx.state(block), x, entry)
+        # All layers call one function, which is traced and lowered once (twice, where the last one keeps fewer tokens);
+        # the compiler inlines it.
+        keep = [None] * (len(entries) - 1) + [kept]
+        for block, entry, of_layer in zip(self.layers, entries, keep, strict=True):
+            x, entry = run(nnx.state(block), x, entry, of_layer)
             updated.append(entry)
         return x, tuple(updated)
 
