@@ -11,6 +11,27 @@ from qwq_jax.config.load import build
 from qwq_jax.config.mesh import MeshConfig
 
 
+def check_addresses(job: JobSpec) -> None:
+    """Raises a ValueError if `generate` is given an address where it takes a file."""
+    if job.verb != "generate":
+        return
+    for option, field in (("--input", "files"), ("--output", "results")):
+        if remote := next((name for name in values(job.arguments, option) if "://" in name), None):
+            raise ValueError(
+                f"arguments: generate reads and writes local files only, and {remote} is none; give {option} a file, "
+                f"and list it in {field}"
+            )
+
+
+def check_pod_outputs(outputs: Sequence[str]) -> None:
+    """Raises a ValueError if an output lies in a pod alone, which is deleted at the end."""
+    if name := next((name for name in outputs if "://" not in name and not PurePosixPath(name).is_absolute()), None):
+        raise ValueError(
+            f"arguments: {name} would lie in a pod, which is deleted; expected gs:// or, for what is written to local "
+            "files only, an absolute path in a volume that you add to the manifest"
+        )
+
+
 def check_inputs(job: JobSpec) -> None:
     """Raises a ValueError if an argument names a local file that is not staged."""
     found = [*values(job.arguments, "--input"), *values(job.arguments, "--task")]

@@ -17,6 +17,10 @@ Verb = Literal["generate", "sft", "rl", "dpo", "reward-model", "eval", "convert"
 # Google allows 63 characters in the name of a resource; we append a run and an attempt.
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 _REGION = re.compile(r"[a-z]+-[a-z]+\d+")
+# Of what addresses are made of, so that a slip is told here and not by a server.
+_ZONE = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
+_UNDASHED_ZONE = re.compile(r"([a-z]+-[a-z]+\d+)([a-z])")
+_PROJECT = re.compile(r"([a-z0-9.-]+:)?[a-z]([a-z0-9-]*[a-z0-9])?")
 _BUCKET = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,220}")
 
 
@@ -102,10 +106,18 @@ class JobSpec(Frozen):
             raise ValueError(
                 f"name {self.name!r}: expected at most 40 lower-case letters, digits and dashes, a letter first"
             )
+        if not _PROJECT.fullmatch(self.project):
+            raise ValueError(
+                f"project {self.project!r}: expected a project's ID, of lower-case letters, digits and dashes"
+            )
         if not _BUCKET.fullmatch(self.bucket):
             raise ValueError(f"bucket {self.bucket!r}: expected gs://BUCKET, without a directory")
         if region := next((zone for zone in self.zones if _REGION.fullmatch(zone)), None):
             raise ValueError(f"zones: {region} is a region; expected one of its zones, such as {region}-b")
+        if wrong := next((zone for zone in self.zones if not _ZONE.fullmatch(zone)), None):
+            raise ValueError(f"zones: {wrong!r} is none; expected one such as us-east5-b")
+        if run_together := next(filter(None, map(_UNDASHED_ZONE.fullmatch, self.zones)), None):
+            raise ValueError(f"zones: {run_together[0]} is none; expected {'-'.join(run_together.groups())}")
         if len(set(self.zones)) < len(self.zones):
             raise ValueError("zones: one is named twice; each is tried again and again anyway")
         if self.hosts > 1 and self.verb not in DISTRIBUTED:

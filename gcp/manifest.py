@@ -21,6 +21,7 @@ _DIRECTORY = "/job"
 _SERVICE_ACCOUNT = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 # A label of the JobSet holds it, and labels are shorter than names.
 _QUEUE = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]*")
 # Said with every manifest: what the job's file may have asked for, and has no effect.
 NOTE = (
     "kubectl's cluster runs it, without regard to project, zones, wait_minutes and boot_minutes; nothing there ends a "
@@ -46,6 +47,12 @@ def jobset(
         ValueError: The job needs what a manifest cannot give.
     """
     _check(job)
+    if not _IMAGE.fullmatch(image):
+        raise ValueError(
+            f"image {image!r}: expected the name of a container image, such as us-docker.pkg.dev/P/R/I:TAG"
+        )
+    if not _QUEUE.fullmatch(namespace):
+        raise ValueError(f"namespace {namespace!r}: expected at most 63 lower-case letters, digits and dashes")
     objects = []
     volume = None
     if files:
@@ -113,7 +120,10 @@ def _check(job: JobSpec) -> None:
     if job.vm:
         raise ValueError("vm: a manifest is for GKE, which makes its own nodes")
     if job.results:
-        raise ValueError("results: nothing mirrors files on GKE; give the outputs as gs:// addresses")
+        raise ValueError(
+            "results: nothing mirrors files on GKE; leave it empty, and give the outputs as gs:// addresses or, for "
+            "what is written to local files only, as absolute paths in a volume that you add to the manifest"
+        )
     if job.apt_packages:
         raise ValueError("apt_packages: nothing is installed on GKE; put them into the image, and leave this empty")
     for field in ("network", "subnetwork", "runtime_version"):

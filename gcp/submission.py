@@ -52,6 +52,7 @@ def check(job: JobSpec, working_directory: Path, *, client: str | None = None) -
         check_words(job.verb, job.arguments)
     except ValueError as error:
         raise ValueError(f"arguments: {error}") from None
+    arguments.check_addresses(job)
     # GKE and a VM that exists may have disks of their own.
     mounts = client is None or job.vm is not None
     # Workers without a TPU, which try a job out, may be on one machine.
@@ -74,7 +75,9 @@ def check(job: JobSpec, working_directory: Path, *, client: str | None = None) -
             arguments.check_shared(job, mesh)
     if not mounts:
         arguments.check_inputs(job)
-    if not keeps:
+    if client is None:
+        arguments.check_pod_outputs(outputs)
+    elif not keeps:
         arguments.check_outputs(job, outputs)
     for index, argument in enumerate(job.arguments):
         if job.verb == "eval" and argument == "--rewards" and index + 1 < len(job.arguments):

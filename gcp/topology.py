@@ -77,6 +77,9 @@ class Topology:
         topology = cls(generation, tuple(int(number) for number in shape.split("x")))
         if topology.chips not in known.single_host and topology.chips % known.host_chips:
             raise ValueError(f"topology {text!r}: {topology.chips} chips do not fill hosts of {known.host_chips}")
+        if not _can_be_cut(topology.shape):
+            sides = "powers of two, from 2x2 on" if known.dimensions == 2 else "even, from 2x2x2 on, or 2x2x1"
+            raise ValueError(f"topology {text!r}: there is no such slice; its sides are {sides}")
         return topology
 
     def __str__(self) -> str:
@@ -154,6 +157,13 @@ class Topology:
     def gke_machine(self) -> str:
         """GKE's machine type."""
         return GENERATIONS[self.generation].gke_machine.format(self.chips_per_host)
+
+
+def _can_be_cut(shape: tuple[int, ...]) -> bool:
+    """Whether hosts of 2x2 chips, on their wires, can make it; single chips are slices too."""
+    if len(shape) == 2:
+        return shape == (1, 1) or all(side > 1 and side & (side - 1) == 0 for side in shape)
+    return len(shape) == 1 or shape == (2, 2, 1) or all(side % 2 == 0 for side in shape)
 
 
 def _least_sum(product: int, factors: int) -> int:

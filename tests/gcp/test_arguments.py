@@ -40,6 +40,14 @@ def test_the_job_that_ships_is_taken(place: Path) -> None:
         (["results=[]"], "results: nothing there matches the output answers.jsonl, which would be deleted"),
         (["results=['answer.jsonl']"], "results: nothing there matches the output answers.jsonl"),
         ([words(**{"--output": "/tmp/answers.jsonl"})], "/tmp/answers.jsonl lies on VMs, which are deleted"),
+        (
+            [words(**{"--output": "gs://b/answers.jsonl"}), "results=[]"],
+            "local files only, and gs://b/answers.jsonl is none; give --output a file, and list it in results",
+        ),
+        (
+            [words(**{"--input": "gs://b/prompts.jsonl"}), "files=[]"],
+            "local files only, and gs://b/prompts.jsonl is none; give --input a file, and list it in files",
+        ),
         (["files=[]"], "files: prompts.jsonl is an argument of the job, and has to be listed"),
         (["topology=v6e:2x2"], "mesh: 8 devices are asked for, and 1 x v6e:2x2 has 4"),
         (["topology=v6e:4x4"], "mesh: 8 devices are asked for, and 1 x v6e:4x4 has 16: several hosts must use all"),
@@ -65,7 +73,14 @@ def test_what_would_fail_on_chips_is_refused(place: Path, settings: list[str], s
 def test_a_vm_and_gke_may_have_disks_of_their_own(place: Path) -> None:
     own = job("results=[]", words(**{"--output": "/mnt/answers.jsonl"}), "vm=mine", "zones=['us-east5-b']")
     submission.check(own, place, client="gcloud")
-    submission.check(job("results=[]", "files=[]"), place)
+    submission.check(job("results=[]", "files=[]", words(**{"--output": "/mnt/answers.jsonl"})), place)
+
+
+def test_a_pod_keeps_nothing(place: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"arguments: answers.jsonl would lie in a pod, which is deleted; expected gs:"
+    ):
+        submission.check(job("results=[]"), place)
 
 
 def test_a_run_keeps_its_checkpoints(place: Path) -> None:

@@ -103,7 +103,13 @@ def test_generations_are_named_as_in_the_price_table():
         ({"topology": "v9:2x2"}, "expected GENERATION:SHAPE with one of v4, v5e"),
         ({"topology": "v5e:2x2x2"}, "v5e has shapes such as v5e:4x4"),
         ({"topology": "v5e:3x3"}, "9 chips do not fill hosts of 4"),
+        ({"topology": "v5e:1x12"}, "there is no such slice; its sides are powers of two, from 2x2 on"),
+        ({"topology": "v6e:3x4"}, "'v6e:3x4': there is no such slice"),
+        ({"topology": "v5p:1x1x4"}, "there is no such slice; its sides are even, from 2x2x2 on, or 2x2x1"),
         ({"zones": ()}, "zones"),
+        ({"zones": ("us-east5-b", "US East 5")}, "zones: 'US East 5' is none; expected one such as us-east5-b"),
+        ({"zones": ("us-east5b",)}, "zones: us-east5b is none; expected us-east5-b"),
+        ({"project": "My Project"}, "project 'My Project': expected a project's ID"),
         ({"verb": "export", "topology": "v5e:4x4"}, "verb export runs on one host"),
         ({"verb": "demo"}, "verb: expected"),
         ({"files": ("/etc/passwd",)}, "'/etc/passwd' is not a relative path"),
@@ -190,7 +196,9 @@ class TestCheck:
     def test_a_path_of_a_disk_is_for_hosts_that_may_have_one(self, place):
         job = load_toml(ROOT / "configs/gcp/tiny_cpu.toml", JobSpec)
         mounted = job.model_copy(update={"arguments": ("sft.toml", "--set", 'train_files=["/mnt/x.jsonl"]')})
-        submission.check(mounted, place)
+        submission.check(
+            mounted.model_copy(update={"arguments": (*mounted.arguments, "--set", "output_dir=/mnt/o")}), place
+        )
         submission.check(mounted.model_copy(update={"vm": "mine"}), place, client="rest")
         with pytest.raises(ValueError, match=r"reads /mnt/x.jsonl"):
             submission.check(mounted, place, client="rest")
@@ -203,7 +211,7 @@ class TestCheck:
 
     def test_a_file_that_is_not_listed(self, tmp_path):
         with pytest.raises(ValueError, match="has to be listed"):
-            words = ("m", "--input", "x.toml", "--output", "o.jsonl")
+            words = ("m", "--input", "x.toml", "--output", "/mnt/o.jsonl")
             submission.check(a_job(arguments=words), tmp_path)
 
 

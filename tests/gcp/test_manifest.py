@@ -230,3 +230,10 @@ def test_what_is_no_queue(job, changes, sentence):
 def test_a_jobset_for_a_queue_without_a_name():
     with pytest.raises(ValueError, match="queue '': expected"):
         the_jobset(a_job(), queue="")
+
+
+@pytest.mark.parametrize("words", [{"image": ""}, {"image": "an image"}, {"namespace": "X Y"}, {"namespace": ""}])
+def test_words_that_kubernetes_would_not_take(words):
+    (name,) = words
+    with pytest.raises(ValueError, match=f"{name} {words[name]!r}: expected"):
+        manifest.jobset(a_job(), **({"image": "image", "namespace": "default"} | words), files={}, queue=None)
