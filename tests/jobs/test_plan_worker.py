@@ -145,7 +145,10 @@ def test_a_process_answers_one_request_after_another(tmp_path: Path) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("topology", "pages", "part"), [("v6e:2x4", 5600, 0.4), ("tpu7x:2x2x1", 21_500, 0.5)])
 def test_a_step_on_a_full_device_takes_no_more_than_its_reserve(topology: str, pages: int, part: float) -> None:
-    """And a good part of it, the most on tpu7x, which the reserve is made for. Where there is room it takes more: libtpu compresses code, at the cost of time, where there is none."""
+    """And a good part of it, the most on tpu7x, which the reserve is made for.
+
+    Where there is room it takes more: libtpu compresses code, at the cost of time, where there is none.
+    """
     settings = (f"engine.num_pages={pages}", "mesh.data=1", "mesh.tensor=8")
     job = {**described(INFERENCE, topology, *settings, layers=64), "machine_code": True}
     with Workers(2) as workers:
