@@ -112,12 +112,8 @@ class JobSpec(Frozen):
             )
         if not _BUCKET.fullmatch(self.bucket):
             raise ValueError(f"bucket {self.bucket!r}: expected gs://BUCKET, without a directory")
-        if region := next((zone for zone in self.zones if _REGION.fullmatch(zone)), None):
-            raise ValueError(f"zones: {region} is a region; expected one of its zones, such as {region}-b")
-        if wrong := next((zone for zone in self.zones if not _ZONE.fullmatch(zone)), None):
-            raise ValueError(f"zones: {wrong!r} is none; expected one such as us-east5-b")
-        if run_together := next(filter(None, map(_UNDASHED_ZONE.fullmatch, self.zones)), None):
-            raise ValueError(f"zones: {run_together[0]} is none; expected {'-'.join(run_together.groups())}")
+        for zone in self.zones:
+            _check_zone(zone)
         if len(set(self.zones)) < len(self.zones):
             raise ValueError("zones: one is named twice; each is tried again and again anyway")
         if self.hosts > 1 and self.verb not in DISTRIBUTED:
@@ -145,3 +141,12 @@ class JobSpec(Frozen):
                 raise ValueError(f"{field}: VM {self.vm} exists, and has its own")
         if not self.external_ips:
             raise ValueError(f"external_ips: VM {self.vm} exists, and has its addresses")
+
+
+def _check_zone(zone: str) -> None:
+    if _REGION.fullmatch(zone):
+        raise ValueError(f"zones: {zone} is a region; expected one of its zones, such as {zone}-b")
+    if not _ZONE.fullmatch(zone):
+        raise ValueError(f"zones: {zone!r} is none; expected one such as us-east5-b")
+    if undashed := _UNDASHED_ZONE.fullmatch(zone):
+        raise ValueError(f"zones: {zone} is none; expected {'-'.join(undashed.groups())}")

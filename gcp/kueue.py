@@ -22,9 +22,10 @@ def objects(job: JobSpec, *, queue: str, chips: int, namespace: str) -> list[dic
         namespace: Whose jobs the queue is for.
 
     Raises:
-        ValueError: GKE has no such nodes, the name is none, or the job would wait for ever.
+        ValueError: GKE has no such nodes, a name is none, or the job would wait for ever.
     """
-    manifest.check_queue(queue)
+    manifest.check_label("queue", queue)
+    manifest.check_label("namespace", namespace)
     if chips < job.chips:
         raise ValueError(f"chips {chips}: job {job.name} needs {job.chips}, and would wait in this queue for ever")
     # Just the labels that the pods select: Kueue adds a flavor's labels to the pods, and no other could agree better.

@@ -19,8 +19,8 @@ _MOST_BYTES = 1_000_000
 _GRACE_SECONDS = 120
 _DIRECTORY = "/job"
 _SERVICE_ACCOUNT = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
-# A label of the JobSet holds it, and labels are shorter than names.
-_QUEUE = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+# Of queues, which a label of the JobSet holds (labels are shorter than names), and of namespaces.
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]*")
 # Said with every manifest: what the job's file may have asked for, and has no effect.
 NOTE = (
@@ -51,8 +51,7 @@ def jobset(
         raise ValueError(
             f"image {image!r}: expected the name of a container image, such as us-docker.pkg.dev/P/R/I:TAG"
         )
-    if not _QUEUE.fullmatch(namespace):
-        raise ValueError(f"namespace {namespace!r}: expected at most 63 lower-case letters, digits and dashes")
+    check_label("namespace", namespace)
     objects = []
     volume = None
     if files:
@@ -60,7 +59,7 @@ def jobset(
         objects.append(config_map)
     metadata: dict[str, Any] = {"name": job.name, "namespace": namespace, "labels": {"app": "qwq-jax"}}
     if queue is not None:
-        check_queue(queue)
+        check_label("queue", queue)
         # The label is all: by it Kueue's webhook suspends what is created. Were `suspend` written here, a second
         # `kubectl apply` of the same file would stop a job that runs.
         metadata["labels"]["kueue.x-k8s.io/queue-name"] = queue
@@ -81,14 +80,14 @@ def jobset(
     return objects
 
 
-def check_queue(name: str) -> None:
-    """Checks the name of a LocalQueue.
+def check_label(what: str, name: str) -> None:
+    """Checks the name of a LocalQueue or of a namespace; `what` says which.
 
     Raises:
         ValueError: Kubernetes would not take it.
     """
-    if not _QUEUE.fullmatch(name):
-        raise ValueError(f"queue {name!r}: expected at most 63 lower-case letters, digits and dashes")
+    if not _LABEL.fullmatch(name):
+        raise ValueError(f"{what} {name!r}: expected at most 63 lower-case letters, digits and dashes")
 
 
 def node_labels(job: JobSpec) -> dict[str, str]:

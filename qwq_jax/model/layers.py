@@ -129,20 +129,14 @@ class Attention(nnx.Module):
         self.o_lora = adapter("o_proj", *o, lora)
 
     def __call__(
-        self,
-        x: jax.Array,
-        rotary: tuple[jax.Array, jax.Array],
-        attend: Attend,
-        cache: Any,
-        kept: jax.Array | None = None,
+        self, x: jax.Array, rotary: tuple[jax.Array, jax.Array], attend: Attend, cache: Any
     ) -> tuple[jax.Array, Any]:
-        """`[B,T,D]` to `[B,T,D]`; `rotary` is cosine and sine `[B,T,H/2]`; the cache goes through `attend`.
+        """`[B,T,D]` to `[B,T,D]`, or the tokens that `attend` gives; `rotary` is cosine and sine `[B,T,H/2]`.
 
-        Of the output only the tokens at `kept` `[B,S]` are given, if told: `[B,S,D]`.
+        The cache goes through `attend`.
         """
         q, k, v = self._fused_inputs(x) if self.fused else self._inputs(x)
         out, cache = attend(rotate(q, *rotary), rotate(k, *rotary), v, cache)
-        out = take_tokens(out, kept)
         return adapted(self._output(out), "btnh,nhd->btd", out, self.o_lora), cache
 
     def _inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -226,6 +220,11 @@ class Block(nnx.Module):
         kept: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """`[B,T,D]` to `[B,T,D]`, or `[B,S,D]` of the tokens at `kept` `[B,S]`; and the layer's cache."""
-        out, cache = self.attention(self.attention_norm(x), rotary, attend, cache, kept)
+
+        def attend_kept(q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+            out, cache = attend(q, k, v, cache)
+            return take_tokens(out, kept), cache
+
+        out, cache = self.attention(self.attention_norm(x), rotary, attend_kept, cache)
         x = take_tokens(x, kept) + out
         return x + self.mlp(self.mlp_norm(x)), cache

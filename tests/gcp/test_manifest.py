@@ -218,6 +218,7 @@ def test_every_kind_of_chips_has_a_flavor_of_its_own():
     [
         (a_job(topology="v5e:4x4", slices=2), {"chips": 31}, "chips 31: job job needs 32, and would wait"),
         (a_job(), {"queue": "TPUs"}, "queue 'TPUs': expected at most 63"),
+        (a_job(), {"namespace": "X Y"}, "namespace 'X Y': expected at most 63"),
         (a_job(topology="cpu:1"), {}, "GKE has no TPU nodes of this kind"),
         (a_job(provisioning="reserved"), {}, "reservation: GKE takes a reservation by its name only"),
     ],
