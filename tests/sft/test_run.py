@@ -318,7 +318,8 @@ def test_an_output_directory_that_cannot_be_used_is_named(recipe, tmp_path, caps
 
 def test_a_full_disk_exits_2_and_the_run_goes_on_when_there_is_room(recipe, whole, tmp_path, capsys):
     output = tmp_path / "run"
-    with file_size_limit(100_000):
+    # Less than one array of the embedding: Orbax joins arrays into files of sizes that differ from save to save.
+    with file_size_limit(25_000):
         error = refused(capsys, recipe, f"output_dir={output}")
     assert error.startswith(f"error: cannot write {output}/checkpoints/step_00000003: ")
     assert main(["sft", str(recipe), "--set", f"output_dir={output}"]) == 0
