@@ -40,7 +40,7 @@ demo: $(INSTALLED)
 	$(call timed,{ $(BIN)/qwq-jax demo && JAX_PLATFORMS=cpu $(BIN)/python -m tools.compare_hf out/demo/checkpoint out/demo/exported; })
 
 test: $(INSTALLED)
-	$(call timed,$(BIN)/pytest -n $(WORKERS))
+	$(call timed,$(BIN)/pytest -n $(WORKERS) --dist worksteal)
 
 test-slow: $(INSTALLED)
 	$(call timed,$(BIN)/pytest -n $(WORKERS) -m "slow and not exhaustive")

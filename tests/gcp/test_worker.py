@@ -267,6 +267,8 @@ def test_which_worker_this_is(google):
     assert _place(google, an_assignment()).coordinator == ("10.0.0.2", 8476 + 16)
 
 
+# The agent forks for what it has to do in its child. It never has JAX beside it, as other tests of this process may.
+@pytest.mark.filterwarnings("ignore:os.fork\\(\\) was called:RuntimeWarning")
 class TestAgent:
     """Rounds of a shell script in the place of qwq-jax."""
 
