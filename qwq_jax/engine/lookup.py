@@ -6,6 +6,7 @@ with given references.)
 """
 
 from collections.abc import Sequence
+from itertools import cycle, islice
 
 _LONGEST, _SHORTEST = 4, 2
 
@@ -18,10 +19,12 @@ class PromptLookup:
         self._seen = _SHORTEST
 
     def propose(self, tokens: Sequence[int], count: int) -> tuple[int, ...]:
-        """At most `count` guesses at what follows `tokens`, which must continue those of the last call.
+        """`count` guesses at what follows `tokens`, which must continue those of the last call; none if they are new.
 
-        >>> PromptLookup().propose([1, 2, 3, 4, 1, 2], 2)
-        (3, 4)
+        A place so near to the end that it is followed by fewer tokens is the beginning of a loop, which goes on.
+
+        >>> PromptLookup().propose([1, 2, 3, 4, 1, 2], 6)
+        (3, 4, 1, 2, 3, 4)
         """
         for end in range(self._seen, len(tokens)):
             for size in range(_SHORTEST, min(_LONGEST, end) + 1):
@@ -30,5 +33,6 @@ class PromptLookup:
         for size in range(min(_LONGEST, len(tokens)), _SHORTEST - 1, -1):
             start = self._after.get(tuple(tokens[-size:]))
             if start is not None:
-                return tuple(tokens[start : start + count])
+                after = tokens[start : start + count]
+                return tuple(islice(cycle(after), count))
         return ()

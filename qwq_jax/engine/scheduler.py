@@ -72,6 +72,8 @@ class Scheduler:
         self._shape = shape
         self._replicas = [_Replica(index, shape) for index in range(shape.replicas)]
         self._waiting: list[Sequence] = []
+        self._next_guess = 1
+        """Tokens to draw before guesses are looked for again: twice as many each time that there were none."""
         self.preemptions = 0
         self.shared_tokens = 0
         """Prompt tokens that were found in the cache."""
@@ -136,8 +138,13 @@ class Scheduler:
         if self._shape.drafts and not any(prefill):
             guessed = self._speculate(ready)
             if guessed is not None:
+                self._next_guess = 1
                 return Schedule(guessed, prefill)
         window = 1 if any(prefill) else self._window(ready)
+        if self._shape.drafts:
+            # What can be guessed next may be a token away, or nowhere.
+            window = min(window, self._next_guess)
+            self._next_guess = 2 * window
         decode = tuple(
             tuple(self._draw(replica, s, min(window, s.horizon), origin=left.get(s.arrival)) for s in each)
             for replica, each in zip(self._replicas, ready, strict=True)

@@ -13,7 +13,7 @@ from qwq_jax.engine.engine import Engine
 from qwq_jax.engine.lookup import PromptLookup
 from qwq_jax.engine.pages import PagePool, extend_digests
 from qwq_jax.engine.request import Completion, FinishReason, Hooks, Request, sample_seed
-from qwq_jax.engine.step import EngineShape
+from qwq_jax.engine.step import EngineShape, StepPlan
 from qwq_jax.engine.thoughts import ThinkingTokens
 from tests.engine.test_engine import EOS, VOCAB, engine_of, make_request, next_token, shape_of
 
@@ -234,12 +234,36 @@ def test_guesses_hold_where_the_text_repeats_itself_and_change_nothing(monkeypat
     assert engine.scheduler.free_pages == (60,)
 
 
+def test_guesses_are_looked_for_again_after_twice_as_many_tokens_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing repeats itself before the 40th token, and then everything."""
+    monkeypatch.setattr("tests.engine.test_engine.next_token", lambda prefix, seed: min(len(prefix), 40))
+    shape = shape_of(replicas=1, max_context=100, num_pages=60, drafts=3, decode_window=8)
+    engine = engine_of(shape)
+    steps: list[tuple[int, int]] = []
+    submit = engine.runner.submit
+
+    def noting(plan: StepPlan) -> object:
+        prompt = plan.program.prefill_tokens
+        steps.append((plan.program.drafts, 0 if prompt or plan.program.drafts else int(plan.arrays["steps"][0, 0])))
+        return submit(plan)
+
+    monkeypatch.setattr(engine.runner, "submit", noting)
+    (completion,) = engine.generate([make_request("one", 9, max_tokens=60, ignore_eos=True)])
+    assert completion.token_ids == tuple(min(9 + i, 40) for i in range(60))
+    plain = [size for drafts, size in steps if size]
+    assert plain[:5] == [2, 4, 8, 8, 8] and (3, 0) in steps, "the first token came with the prompt"
+    again = steps[steps.index((3, 0)) :]
+    assert all(drafts == 3 for drafts, _ in again), "it goes on guessing while guesses are at hand"
+    assert engine.stats.accepted_tokens > 15
+
+
 def test_lookup_proposes_what_followed_last_time() -> None:
     lookup = PromptLookup()
     assert lookup.propose([1, 2, 3], 4) == ()
     assert lookup.propose([1, 2, 3, 9, 1, 2], 2) == (3, 9)
     assert lookup.propose([1, 2, 3, 9, 1, 2, 4, 1, 2], 3) == (4, 1, 2)
     assert lookup.propose([1, 2, 3, 9, 1, 2, 4, 1, 2, 3], 0) == ()
+    assert PromptLookup().propose([7, 1, 2, 1, 2], 5) == (1, 2, 1, 2, 1), "a loop goes on"
 
 
 def test_pages_are_found_by_all_that_comes_before_them() -> None:

@@ -130,6 +130,16 @@ def test_a_row_alone_reads_as_many_pages_as_hold_it(before, rng):
     check(batch, serve(batch), TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    ("before", "new"), [(0, 1), (0, 8), (0, 0), (125, 3), (127, 8), (254, 3), exhaustive(120, 8), exhaustive(400, 5)]
+)
+def test_a_few_tokens_of_a_row_alone_see_each_its_own_past(before, new, rng, monkeypatch):
+    """As guesses are checked: without the loops of chunks of prompts, and with room for more tokens than there are."""
+    monkeypatch.delattr(jax.lax, "fori_loop")
+    batch = make_batch(rng, [], [(before, new)], heads=(10, 2), page=32, width=16, max_query=8)
+    check(batch, serve(batch), TOLERANCE)
+
+
 # Rounding to the nearest of 254 steps between the extremes; to 3 or 2 bits after the leading one.
 @pytest.mark.parametrize(("dtype", "bound"), [("int8", 0.5 / 127), ("float8_e4m3fn", 2**-4), ("float8_e5m2", 2**-3)])
 def test_an_8_bit_cache_is_as_exact_as_its_type(dtype, bound, rng):

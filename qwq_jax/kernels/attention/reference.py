@@ -16,6 +16,8 @@ from qwq_jax.kernels.attention.pages import KEY, VALUE, PagedLayer, PagedOutput,
 MASKED = -1e30
 # Fewer tokens of a row alone are not worth a way of their own to read them.
 ALONE_TOKENS = 128
+# Tokens of a single row that are multiplied with all of it at once, such as guesses that are checked.
+ALONE_QUERIES = 16
 
 
 class Blocks(NamedTuple):
@@ -122,7 +124,7 @@ def _attend_decode(
     """
     (B, N, H), W = q.shape, page_table.shape[1]
     if B == 1 and W <= blocks.decode_pages:
-        return _attend_alone(q[0], layer, page_table[0], kv_length[0], scale)
+        return _attend_alone(q, layer, page_table[0], kv_length, scale)
     K, _, _, page, _ = layer.kv.shape
     G, page_bytes = N // K, K * page * H * q.dtype.itemsize
     size = min(max(blocks.decode_pages, blocks.decode_bytes // page_bytes), B * W)
@@ -176,39 +178,41 @@ def _attend_decode(
 
 
 def _attend_alone(
-    q: jax.Array, layer: PagedLayer, pages: jax.Array, length: jax.Array, scale: float
+    q: jax.Array, layer: PagedLayer, pages: jax.Array, lengths: jax.Array, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    """As `_attend_decode` for one row, q `[N, H]`, of few pages `[W]`: all of them at once, with nothing to join.
+    """One row of few pages `[W]` and few queries `[T, N, H]`: all of them at once, with nothing to join.
 
-    Where a half or a quarter of the pages holds the row, no more are read.
+    Query t sees `lengths[t]` tokens of the row, the last one all of it. Where a half or a quarter of the pages holds
+    the row, no more are read.
 
     Returns:
-        Output `[1, N, H]` and log-sum-exp `[1, N]`, float32.
+        Output `[T, N, H]` and log-sum-exp `[T, N]`, float32.
     """
     W, page = pages.shape[0], layer.kv.shape[3]
     widths = [width for width in (W // 4, W // 2) if width * page >= ALONE_TOKENS] + [W]
-    choice = sum((length > width * page).astype(jnp.int32) for width in widths[:-1])
-    ways = [partial(_attend_pages, q, layer, pages[:width], length, scale) for width in widths]
+    choice = sum((jnp.max(lengths) > width * page).astype(jnp.int32) for width in widths[:-1])
+    ways = [partial(_attend_pages, q, layer, pages[:width], lengths, scale) for width in widths]
     return jax.lax.switch(choice, ways)
 
 
 def _attend_pages(
-    q: jax.Array, layer: PagedLayer, pages: jax.Array, length: jax.Array, scale: float
+    q: jax.Array, layer: PagedLayer, pages: jax.Array, lengths: jax.Array, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    (N, H), (K, _, _, page, _) = q.shape, layer.kv.shape
-    S = pages.shape[0] * page
-    live = jnp.arange(S) < length
+    (T, N, H), (K, _, _, page, _) = q.shape, layer.kv.shape
+    S, G = pages.shape[0] * page, N // K
+    live = jnp.arange(S) < lengths[:, None]
     keys, values = (_read_pages(layer, pages, which, q.dtype).reshape(K, S, H) for which in (KEY, VALUE))
-    queries = q.reshape(K, N // K, H)
-    scores = jnp.einsum("kgh,ksh->kgs", queries, keys, preferred_element_type=jnp.float32) * scale
-    scores = jnp.where(live, scores, MASKED)
+    queries = q.reshape(T, K, G, H).swapaxes(0, 1).reshape(K, T * G, H)
+    scores = jnp.einsum("kqh,ksh->kqs", queries, keys, preferred_element_type=jnp.float32) * scale
+    scores = jnp.where(jnp.repeat(live, G, axis=0), scores, MASKED)
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     # Pages are reused and never cleared: what lies past the row's end may be NaN, and 0 x NaN is NaN.
-    values = jnp.where(live[:, None], values, 0)
-    out = jnp.einsum("kgs,ksh->kgh", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
-    return (out / total).reshape(1, N, H), (top + jnp.log(total)).reshape(1, N)
+    values = jnp.where(jnp.any(live, axis=0)[:, None], values, 0)
+    out = jnp.einsum("kqs,ksh->kqh", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
+    flat = lambda x: x.reshape(K, T, G, -1).swapaxes(0, 1).reshape(T, N, -1)  # noqa: E731
+    return flat(out / total), flat(top + jnp.log(total))[..., 0]
 
 
 def _attend_chunks(
@@ -220,9 +224,13 @@ def _attend_chunks(
     with a running maximum and sum (arXiv 1805.02867): time goes by the tokens that there are.
 
     Returns:
-        Output `[T, N, H]` and log-sum-exp `[T, N]`, float32; zero for tokens of no row.
+        Output `[T, N, H]` and log-sum-exp `[T, N]`, float32; arbitrary but finite for tokens of no row.
     """
-    T, N, H = q.shape
+    (T, N, H), (B, W) = q.shape, rows.page_table.shape
+    if B == 1 and T <= ALONE_QUERIES and W <= blocks.decode_pages:
+        before_last = rows.query_start[1] - 1 - jnp.arange(T)
+        lengths = jnp.clip(rows.kv_length - before_last, 1, rows.kv_length)
+        return _attend_alone(q, layer, rows.page_table[0], lengths, scale)
     K, _, _, page, _ = layer.kv.shape
     G, size, at_once = N // K, min(blocks.chunk_queries, max_query), max(1, blocks.chunk_keys // page)
     S = at_once * page
