@@ -37,7 +37,6 @@ TASKS = {
     "give back corrected": "Correct the spelling and grammar of this text. Answer with the whole text only.",
     "sum up": "Sum this text up in a few sentences.",
 }
-CONTEXT = 1024
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,9 @@ def their_stream(model: Any, prompt: list[int], limit: int, ends: Sequence[int],
 def ways_of(options: argparse.Namespace, model: Any, ends: Sequence[int]) -> Iterator[Way]:
     """The engine and transformers, each without lookup and with each number of guesses."""
     for drafts in (0, *options.drafts):
-        config = EngineConfig(max_sequences=1, max_context=CONTEXT, compute_dtype="float32", draft_tokens=drafts)
+        config = EngineConfig(
+            max_sequences=1, max_context=options.context, compute_dtype="float32", draft_tokens=drafts
+        )
         engine = Engine.from_checkpoint(str(options.checkpoint), config=config)
         name = f", prompt lookup of {drafts}" if drafts else ""
         yield Way(
@@ -234,6 +235,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--texts", type=int, default=8)
     parser.add_argument("--sizes", type=int, nargs=2, default=(150, 350), metavar=("SHORTEST", "LONGEST"))
     parser.add_argument("--tokens", type=int, default=192, help="cap of the completions")
+    parser.add_argument("--context", type=int, default=1024, help="longest prompt and completion")
     parser.add_argument("--drafts", type=int, nargs="+", default=[3, 7, 15], help="guesses at once, of both")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch")
