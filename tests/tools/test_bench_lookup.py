@@ -49,8 +49,9 @@ def test_turns_count_what_comes_after_the_first_tokens():
 @pytest.mark.exhaustive
 def test_a_tiny_run_measures_all_ways_and_tells_a_wrong_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     convert(str(TINY_REASONER), str(tmp_path / "ours"))
-    words = f"{TINY_REASONER} {tmp_path / 'ours'} --texts 2 --sizes 150 400 --context 512 --tokens 8 --drafts 3 --repetitions 1"
-    ways, notes = measure(parse(words.split()))
+    folders = [str(TINY_REASONER), str(tmp_path / "ours")]
+    sizes = "--texts 2 --sizes 150 400 --context 512 --tokens 8 --drafts 3 --repetitions 1".split()
+    ways, notes = measure(parse([*folders, *sizes]))
     assert [way.name for way in ways][1:3] == ["transformers", "qwq_jax, prompt lookup of 3"]
     assert all(way.best(task) > 0 for way in ways for task in TASKS)
     assert all("all ways gave the same tokens for 2" in note for note in notes)
@@ -62,4 +63,4 @@ def test_a_tiny_run_measures_all_ways_and_tells_a_wrong_token(tmp_path: Path, mo
 
     monkeypatch.setattr(bench, "our_stream", wrong)
     with pytest.raises(SystemExit, match="qwq_jax: greedy tokens are not the model's"):
-        measure(parse(words.split()))
+        measure(parse([*folders, *sizes]))
