@@ -94,6 +94,25 @@ class Runner:
         return self.work.tokens / float(np.median(self.seconds))
 
 
+@dataclass(frozen=True)
+class Stream:
+    """What one stream brought: its tokens, how many came at first, and the seconds from those to the last."""
+
+    tokens: tuple[int, ...]
+    first: int
+    seconds: float
+
+    @property
+    def decoded(self) -> int:
+        """Tokens after the first ones."""
+        return len(self.tokens) - self.first
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second of decoding alone."""
+        return self.decoded / self.seconds
+
+
 def config_of(layers: int, tiny: bool) -> ModelConfig:
     """SmolLM2-135M as a Qwen2 model with this many layers; or one for tests."""
     return ModelConfig(
@@ -201,38 +220,51 @@ def generate_continuously(model: Any, work: Workload) -> None:
         manager.stop(block=True)
 
 
-def our_decode_rate(engine: Engine, prompt: list[int], length: int) -> float:
-    """Tokens a second after the first step that gave any, of a single stream."""
-    engine.add(request_of("one", prompt, length))
-    begun, counted = 0.0, 0
+def our_stream(engine: Engine, request: Request) -> Stream:
+    """One request served alone."""
+    engine.add(request)
+    found: list[int] = []
+    first, begun, ended = 0, 0.0, 0.0
     while engine.busy:
-        found = len(engine.step().tokens)
-        if begun:
-            counted += found
-        elif found:
-            begun = time.perf_counter()
-    return counted / (time.perf_counter() - begun)
+        new = [token.token.token_id for token in engine.step().tokens]
+        if new:
+            found += new
+            ended = time.perf_counter()
+            if not first:
+                first, begun = len(new), ended
+    return Stream(tuple(found), first, ended - begun)
 
 
-def their_decode_rate(model: Any, prompt: list[int], length: int) -> float:
-    """The same of transformers: a criterion that never stops sees each token."""
-    times: list[float] = []
+def their_stream(model: Any, prompt: list[int], limit: int, **how: Any) -> Stream:
+    """The same of transformers, `how` as `generate` takes it: a criterion that never stops sees when tokens come."""
+    seen: list[tuple[int, float]] = []
 
     def note(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        times.append(time.perf_counter())
+        seen.append((ids.shape[1] - len(prompt), time.perf_counter()))
         return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
 
     ids, mask = padded([prompt], model.device)
-    model.generate(
+    out = model.generate(
         ids,
         attention_mask=mask,
         do_sample=False,
-        max_new_tokens=length,
-        min_new_tokens=length,
+        max_new_tokens=limit,
         pad_token_id=0,
         stopping_criteria=transformers.StoppingCriteriaList([note]),  # pyright: ignore[reportArgumentType]
+        **how,
     )
-    return (len(times) - 1) / (times[-1] - times[0])
+    (first, begun), (_, ended) = seen[0], seen[-1]
+    return Stream(tuple(out[0, len(prompt) :].tolist()), first, ended - begun)
+
+
+def our_decode_rate(engine: Engine, prompt: list[int], length: int) -> float:
+    """Tokens a second after the first step that gave any, of a single stream of exactly this many."""
+    return our_stream(engine, request_of("one", prompt, length)).rate
+
+
+def their_decode_rate(model: Any, prompt: list[int], length: int) -> float:
+    """The same of transformers."""
+    return their_stream(model, prompt, length, min_new_tokens=length).rate
 
 
 def disagreements(model: Any, work: Workload, ours: list[tuple[int, ...]]) -> list[str]:

@@ -8,14 +8,13 @@ texts are real ones, docstrings of Python's standard library. A model reads each
 corrected, which repeats most of it, and to sum it up, which repeats some words. Greedy, float32 on the CPU, one stream
 at a time; completions end where the model ends them, or at `--tokens`. Only decoding counts: the time from the first
 tokens to the last, without the first. All ways take turns on each text; of `--repetitions` the best is compared.
-Exits with 1 if greedy tokens differ beyond ties.
+Exits with 1 if greedy tokens of the first few texts differ beyond ties.
 """
 
 import argparse
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,22 +29,13 @@ from qwq_jax.config.sampling import SamplingParams
 from qwq_jax.engine.engine import Engine
 from qwq_jax.engine.request import Request
 from qwq_jax.runtime import start
-from tools.bench_engine import Workload, disagreements, load_peer
+from tools.bench_engine import Stream, Workload, disagreements, load_peer, our_stream, their_stream
 from tools.bench_quantization import documents
 
 TASKS = {
     "give back corrected": "Correct the spelling and grammar of this text. Answer with the whole text only.",
     "sum up": "Sum this text up in a few sentences.",
 }
-
-
-@dataclass(frozen=True)
-class Stream:
-    """What one stream brought: its tokens, how many came at first, and the seconds from those to the last."""
-
-    tokens: tuple[int, ...]
-    first: int
-    seconds: float
 
 
 @dataclass
@@ -84,60 +74,27 @@ def texts(tokenizer: ChatTokenizer, count: int, shortest: int, longest: int) -> 
     return fitting[:: len(fitting) // count][:count]
 
 
-def our_stream(engine: Engine, prompt: list[int], limit: int) -> Stream:
-    """A completion by the engine."""
-    engine.add(Request("one", tuple(prompt), SamplingParams(temperature=0.0, max_tokens=limit)))
-    found: list[int] = []
-    first, begun, ended = 0, 0.0, 0.0
-    while engine.busy:
-        new = [token.token.token_id for token in engine.step().tokens]
-        if new:
-            found += new
-            ended = time.perf_counter()
-            if not first:
-                first, begun = len(new), ended
-    return Stream(tuple(found), first, ended - begun)
-
-
-def their_stream(model: Any, prompt: list[int], limit: int, ends: Sequence[int], lookup: int) -> Stream:
-    """A completion by transformers; a criterion that never stops sees when tokens come."""
-    seen: list[tuple[int, float]] = []
-
-    def note(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        seen.append((ids.shape[1] - len(prompt), time.perf_counter()))
-        return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
-
-    ids = torch.tensor([prompt], device=model.device)
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=limit,
-        eos_token_id=list(ends),
-        pad_token_id=0,
-        prompt_lookup_num_tokens=lookup or None,
-        stopping_criteria=transformers.StoppingCriteriaList([note]),  # pyright: ignore[reportArgumentType]
-    )
-    (first, begun), (_, ended) = seen[0], seen[-1]
-    return Stream(tuple(out[0, len(prompt) :].tolist()), first, ended - begun)
-
-
 def ways_of(options: argparse.Namespace, model: Any, ends: Sequence[int]) -> Iterator[Way]:
     """The engine and transformers, each without lookup and with each number of guesses."""
+    params = SamplingParams(temperature=0.0, max_tokens=options.tokens)
     for drafts in (0, *options.drafts):
         config = EngineConfig(
             max_sequences=1, max_context=options.context, compute_dtype="float32", draft_tokens=drafts
         )
         engine = Engine.from_checkpoint(str(options.checkpoint), config=config)
+        how = {"eos_token_id": list(ends), "prompt_lookup_num_tokens": drafts or None}
         name = f", prompt lookup of {drafts}" if drafts else ""
         yield Way(
-            f"qwq_jax{name}", True, drafts, lambda prompt, engine=engine: our_stream(engine, prompt, options.tokens)
+            f"qwq_jax{name}",
+            True,
+            drafts,
+            lambda prompt, engine=engine: our_stream(engine, Request("one", tuple(prompt), params)),
         )
         yield Way(
             f"transformers{name}",
             False,
             drafts,
-            lambda prompt, drafts=drafts: their_stream(model, prompt, options.tokens, ends, drafts),
+            lambda prompt, how=how: their_stream(model, prompt, options.tokens, **how),
         )
 
 
@@ -175,7 +132,7 @@ def take_turns(ways: list[Way], task: str, prompts: list[list[int]], repetitions
         for prompt in prompts:
             for way in ways:
                 stream = way.run(prompt)
-                way.decoded[task][-1] += len(stream.tokens) - stream.first
+                way.decoded[task][-1] += stream.decoded
                 way.seconds[task][-1] += stream.seconds
         rates = (f"{way.name} {way.decoded[task][-1] / way.seconds[task][-1]:.1f}" for way in ways)
         print(f"{task}, turn {turn}: {'; '.join(rates)} tokens/s", flush=True)

@@ -33,6 +33,5 @@ class PromptLookup:
         for size in range(min(_LONGEST, len(tokens)), _SHORTEST - 1, -1):
             start = self._after.get(tuple(tokens[-size:]))
             if start is not None:
-                after = tokens[start : start + count]
-                return tuple(islice(cycle(after), count))
+                return tuple(islice(cycle(tokens[start : start + count]), count))
         return ()

@@ -7,7 +7,8 @@ import pytest
 import tools.bench_lookup as bench
 from qwq_jax.embedded import TINY_REASONER
 from qwq_jax.jobs.convert import convert
-from tools.bench_lookup import TASKS, Stream, Way, measure, parse, report, take_turns
+from tools.bench_engine import Stream
+from tools.bench_lookup import TASKS, Way, measure, parse, report, take_turns
 
 
 def a_way(name: str, ours: bool, lookup: int, rate: float) -> Way:

@@ -221,7 +221,8 @@ def _attend_chunks(
     """Rows of several queries, each the last tokens of its row: q `[T, N, H]` flat, laid out by `query_start`.
 
     A loop takes `chunk_queries` tokens of a row at a time, and one within it the pages that these see, some at a time,
-    with a running maximum and sum (arXiv 1805.02867): time goes by the tokens that there are.
+    with a running maximum and sum (arXiv 1805.02867): time goes by the tokens that there are. A single row of few is
+    `_attend_alone`'s.
 
     Returns:
         Output `[T, N, H]` and log-sum-exp `[T, N]`, float32; arbitrary but finite for tokens of no row.
