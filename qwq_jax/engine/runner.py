@@ -20,7 +20,7 @@ from qwq_jax.engine.program import Carry, Outcome, Step
 from qwq_jax.engine.step import Draws, EngineShape, Program, StepPlan, StepResult
 from qwq_jax.model.attention import target_of
 from qwq_jax.model.cache import abstract_layer, cache_maker, cache_spec
-from qwq_jax.model.params import Params, bind, fuse_attention
+from qwq_jax.model.params import Params, bind, fuse_projections
 from qwq_jax.model.spec import model_spec
 from qwq_jax.sampling import Sampled
 from qwq_jax.sharding import Layout
@@ -53,9 +53,9 @@ class DeviceRunner:
     ) -> None:
         self.shape = engine_shape(model, layout, config)
         self._model = model
-        # Products of one row are too small for a CPU's cores; a TPU's are bound by memory either way.
+        # How kernels lie in memory matters to a CPU alone: compilers for TPUs lay them out as they need.
         fuses = weights is None and layout.size("heads") == 1 and target_of(layout).platform == "cpu"
-        self._prepare = partial(fuse_attention, num_layers=model.num_layers) if fuses else dict
+        self._prepare = partial(fuse_projections, num_layers=model.num_layers) if fuses else dict
         self._params: Params | None = self._prepare(params)
         self._described = _described(self._params)
         self._layout = layout

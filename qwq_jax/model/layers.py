@@ -36,6 +36,11 @@ def kernel(shape: tuple[int, ...], axes: Axes, weights: WeightFormat | None) -> 
     return param(*format.kernel(shape, axes), own_dtype=DTYPES[format.bits]), scale
 
 
+def turned_product(x: jax.Array, kernel: nnx.Param) -> jax.Array:
+    """x `[B,T,in]` times a kernel `[out,in]` that `fuse_projections` turned: `[B,T,out]` in the dtype of x."""
+    return jnp.einsum("bti,oi->bto", x, kernel[...].astype(x.dtype))
+
+
 class Adapter(nnx.Module):
     """What LoRA adds to a projection (arXiv 2106.09685, section 4.1): scale * (x A) B; A B itself is never made.
 
@@ -104,25 +109,26 @@ class Attention(nnx.Module):
     ):
         """Declares q `[D,N,H]`, k and v `[D,K,H]`, o `[N,H,D]`, and biases of q, k, v where the model has them.
 
-        Fused, q, k and v are one array `[D,K,G+2,H]`, of each kv head the queries that share it, then key and value.
+        Fused, they are qkv `[(N+2K)H,D]`, of all heads first q, then k, then v, with a bias `[(N+2K)H]`, and o `[D,NH]`.
         """
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         self.weights = weights
         q, o = ((D, N, H), ("embed", "heads", None)), ((N, H, D), ("heads", None, "embed"))
         kv = (D, K, H), ("embed", "kv_heads", None)
-        self.fused, self.has_bias = fused, config.qkv_bias
+        self.fused, self.has_bias, self.heads = fused, config.qkv_bias, (N, K, K)
         if fused:
             assert weights is None and lora is None, "one array has neither scales nor adapters"
-            self.qkv_kernel = param((D, K, N // K + 2, H), ("embed", "kv_heads", None, None))
+            self.qkv_kernel = param(((N + 2 * K) * H, D), (None, "embed"))
+            self.o_kernel = param((D, N * H), ("embed", None))
             if self.has_bias:
-                self.qkv_bias = param((K, N // K + 2, H), ("kv_heads", None, None))
+                self.qkv_bias = param(((N + 2 * K) * H,), (None,))
         else:
             self.q_kernel, self.q_kernel_scale = kernel(*q, weights)
             self.k_kernel, self.k_kernel_scale = kernel(*kv, weights)
             self.v_kernel, self.v_kernel_scale = kernel(*kv, weights)
+            self.o_kernel, self.o_kernel_scale = kernel(*o, weights)
             if self.has_bias:
                 self.q_bias, self.k_bias, self.v_bias = (param(shape[1:], axes[1:]) for shape, axes in (q, kv, kv))
-        self.o_kernel, self.o_kernel_scale = kernel(*o, weights)
         self.q_lora = adapter("q_proj", *q, lora)
         self.k_lora = adapter("k_proj", *kv, lora)
         self.v_lora = adapter("v_proj", *kv, lora)
@@ -153,29 +159,44 @@ class Attention(nnx.Module):
         return q, k, v
 
     def _fused_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        y = jnp.einsum("btd,dkgh->btkgh", x, self.qkv_kernel[...].astype(x.dtype))
+        y = turned_product(x, self.qkv_kernel)
         if self.has_bias:
             y += self.qkv_bias[...].astype(x.dtype)
-        B, T, K, _, H = y.shape
-        return y[..., :-2, :].reshape(B, T, -1, H), y[..., -2, :], y[..., -1, :]
+        N, K, _ = self.heads
+        y = y.reshape(*x.shape[:-1], N + 2 * K, -1)
+        return y[..., :N, :], y[..., N : N + K, :], y[..., N + K :, :]
 
     def _output(self, out: jax.Array) -> jax.Array:
+        # One axis of N x H, not two: for a sum over two XLA:CPU transposes the kernel anew in every step.
+        merged = out.reshape(*out.shape[:2], -1)
+        if self.fused:
+            return turned_product(merged, self.o_kernel)
         if self.o_kernel_scale is not None:
             return project("btnh,nhd->btd", out, self.o_kernel, self.o_kernel_scale, self.weights)
-        # One axis of N x H, not two: for a sum over two XLA:CPU transposes the kernel anew in every step.
         o_kernel = self.o_kernel[...].astype(out.dtype)
-        merged = out.reshape(*out.shape[:2], -1)
         return jnp.einsum("btm,md->btd", merged, o_kernel.reshape(-1, o_kernel.shape[-1]))
 
 
 class MLP(nnx.Module):
     """SwiGLU feed-forward (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig, weights: WeightFormat | None = None, lora: LoraConfig | None = None):
-        """Declares gate and up `[D,F]`, down `[F,D]`."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: WeightFormat | None = None,
+        lora: LoraConfig | None = None,
+        *,
+        fused: bool = False,
+    ):
+        """Declares gate and up `[D,F]`, down `[F,D]`; fused, gate_up `[2F,D]`, gate before up, and down `[D,F]`."""
         D, F = config.hidden_size, config.intermediate_size
-        self.weights = weights
+        self.weights, self.fused = weights, fused
         inward, down = ((D, F), ("embed", "mlp")), ((F, D), ("mlp", "embed"))
+        if fused:
+            assert weights is None and lora is None, "one array has neither scales nor adapters"
+            self.gate_up_kernel = param((2 * F, D), (None, "embed"))
+            self.down_kernel = param((D, F), ("embed", "mlp"))
+            return
         self.gate_kernel, self.gate_kernel_scale = kernel(*inward, weights)
         self.up_kernel, self.up_kernel_scale = kernel(*inward, weights)
         self.down_kernel, self.down_kernel_scale = kernel(*down, weights)
@@ -185,6 +206,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B,T,D]` to `[B,T,D]`."""
+        if self.fused:
+            gate, up = jnp.split(turned_product(x, self.gate_up_kernel), 2, axis=-1)
+            return turned_product(jax.nn.silu(gate) * up, self.down_kernel)
         gate = project("btd,df->btf", x, self.gate_kernel, self.gate_kernel_scale, self.weights)
         up = project("btd,df->btf", x, self.up_kernel, self.up_kernel_scale, self.weights)
         gate = adapted(gate, "btd,df->btf", x, self.gate_lora)
@@ -209,7 +233,7 @@ class Block(nnx.Module):
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config, weights, lora, fused=fused)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, weights, lora)
+        self.mlp = MLP(config, weights, lora, fused=fused)
 
     def __call__(
         self,

@@ -70,7 +70,7 @@ class Transformer(nnx.Module):
             remat: Whether the backward pass recomputes each layer instead of keeping its activations (stacked only).
             weights: How projections are quantised, which only decoding uses; None: they are not.
             lora: Which projections have an adapter beside them; None: none has.
-            fused: Whether the projections to queries, keys and values are one array (unrolled only).
+            fused: Whether the arrays are as `fuse_projections` gives them (unrolled only).
 
         Raises:
             ValueError: These projections cannot be quantised so.
