@@ -28,7 +28,7 @@ help:
 	@echo "make tiny-reasoner  trains the embedded model again, from nothing"
 	@echo "make tiny-grpo  reinforcement learning on the embedded model: three seeds, and the reward's sign turned"
 	@echo "make tiny-stages  QwQ's two stages of reinforcement learning on the embedded model"
-	@echo "make bench      the benchmarks in tools/"
+	@echo "make bench      the benchmarks in tools/ that need neither a model nor a GPU"
 
 $(INSTALLED): requirements.lock pyproject.toml tools/install.sh
 	@tools/install.sh
@@ -43,10 +43,10 @@ test: $(INSTALLED)
 	$(call timed,$(BIN)/pytest -n $(WORKERS) --dist worksteal)
 
 test-slow: $(INSTALLED)
-	$(call timed,$(BIN)/pytest -n $(WORKERS) -m "slow and not exhaustive")
+	$(call timed,$(BIN)/pytest -n $(WORKERS) --dist worksteal -m "slow and not exhaustive")
 
 test-exhaustive: $(INSTALLED)
-	$(call timed,$(BIN)/pytest -n $(WORKERS) -m exhaustive)
+	$(call timed,$(BIN)/pytest -n $(WORKERS) --dist worksteal -m exhaustive)
 
 lint: $(INSTALLED)
 	$(call timed,{ $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright; })
@@ -55,8 +55,12 @@ format: $(INSTALLED)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+# Those that make what they need; the others want a GPU or a model that is here.
+ELSEWHERE := tools/bench_gpu.py tools/bench_lookup.py tools/bench_quantization.py
+
 bench: $(INSTALLED)
-	$(call timed,for benchmark in $(wildcard tools/bench_*.py); do echo "== $$benchmark"; $(BIN)/python -m tools.$$(basename $$benchmark .py); done)
+	$(call timed,( for benchmark in $(filter-out $(ELSEWHERE),$(wildcard tools/bench_*.py)); do \
+		echo "== $$benchmark"; $(BIN)/python -m tools.$$(basename $$benchmark .py) || exit; done ))
 
 # The recipe of the embedded model: data, tokenizer, training, export into the package.
 tiny-reasoner: $(INSTALLED)

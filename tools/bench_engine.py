@@ -452,7 +452,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=PROMPT, help="longest prompt")
     parser.add_argument("--longest", type=int, default=LONGEST, help="cap of the completions")
-    parser.add_argument("--rows", type=int, default=32, help="max_sequences of the engine")
+    parser.add_argument("--rows", type=int, default=64, help="max_sequences of the engine")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16, 32, 64])
     parser.add_argument("--single", type=int, default=8, help="requests that batches of 1 are measured on")
     parser.add_argument("--stream", type=int, default=128, help="tokens of the single stream")
