@@ -37,7 +37,7 @@ def kernel(shape: tuple[int, ...], axes: Axes, weights: WeightFormat | None) -> 
 
 
 def turned_product(x: jax.Array, kernel: nnx.Param) -> jax.Array:
-    """x `[B,T,in]` times a kernel `[out,in]` that `fuse_projections` turned: `[B,T,out]` in the dtype of x."""
+    """The product of x `[B,T,in]` and a kernel `[out,in]` that `fuse_projections` turned: `[B,T,out]`, dtype of x."""
     return jnp.einsum("bti,oi->bto", x, kernel[...].astype(x.dtype))
 
 
@@ -109,13 +109,13 @@ class Attention(nnx.Module):
     ):
         """Declares q `[D,N,H]`, k and v `[D,K,H]`, o `[N,H,D]`, and biases of q, k, v where the model has them.
 
-        Fused, they are qkv `[(N+2K)H,D]`, of all heads first q, then k, then v, with a bias `[(N+2K)H]`, and o `[D,NH]`.
+        Fused, they are qkv `[(N+2K)H,D]`, all heads of q, then k, then v, its bias `[(N+2K)H]`, and o `[D,NH]`.
         """
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         self.weights = weights
         q, o = ((D, N, H), ("embed", "heads", None)), ((N, H, D), ("heads", None, "embed"))
         kv = (D, K, H), ("embed", "kv_heads", None)
-        self.fused, self.has_bias, self.heads = fused, config.qkv_bias, (N, K, K)
+        self.fused, self.has_bias, self.heads = fused, config.qkv_bias, (N, K)
         if fused:
             assert weights is None and lora is None, "one array has neither scales nor adapters"
             self.qkv_kernel = param(((N + 2 * K) * H, D), (None, "embed"))
@@ -162,7 +162,7 @@ class Attention(nnx.Module):
         y = turned_product(x, self.qkv_kernel)
         if self.has_bias:
             y += self.qkv_bias[...].astype(x.dtype)
-        N, K, _ = self.heads
+        N, K = self.heads
         y = y.reshape(*x.shape[:-1], N + 2 * K, -1)
         return y[..., :N, :], y[..., N : N + K, :], y[..., N + K :, :]
 
