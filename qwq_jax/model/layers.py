@@ -99,36 +99,19 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention: projections and rotation; how tokens see each other is the caller's `attend`."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        weights: WeightFormat | None = None,
-        lora: LoraConfig | None = None,
-        *,
-        fused: bool = False,
-    ):
-        """Declares q `[D,N,H]`, k and v `[D,K,H]`, o `[N,H,D]`, and biases of q, k, v where the model has them.
-
-        Fused, they are qkv `[(N+2K)H,D]`, all heads of q, then k, then v, its bias `[(N+2K)H]`, and o `[D,NH]`.
-        """
+    def __init__(self, config: ModelConfig, weights: WeightFormat | None = None, lora: LoraConfig | None = None):
+        """Declares q `[D,N,H]`, k and v `[D,K,H]`, o `[N,H,D]`, and biases of q, k, v where the model has them."""
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         self.weights = weights
         q, o = ((D, N, H), ("embed", "heads", None)), ((N, H, D), ("heads", None, "embed"))
         kv = (D, K, H), ("embed", "kv_heads", None)
-        self.fused, self.has_bias, self.heads = fused, config.qkv_bias, (N, K)
-        if fused:
-            assert weights is None and lora is None, "one array has neither scales nor adapters"
-            self.qkv_kernel = param(((N + 2 * K) * H, D), (None, "embed"))
-            self.o_kernel = param((D, N * H), ("embed", None))
-            if self.has_bias:
-                self.qkv_bias = param(((N + 2 * K) * H,), (None,))
-        else:
-            self.q_kernel, self.q_kernel_scale = kernel(*q, weights)
-            self.k_kernel, self.k_kernel_scale = kernel(*kv, weights)
-            self.v_kernel, self.v_kernel_scale = kernel(*kv, weights)
-            self.o_kernel, self.o_kernel_scale = kernel(*o, weights)
-            if self.has_bias:
-                self.q_bias, self.k_bias, self.v_bias = (param(shape[1:], axes[1:]) for shape, axes in (q, kv, kv))
+        self.has_bias = config.qkv_bias
+        self.q_kernel, self.q_kernel_scale = kernel(*q, weights)
+        self.k_kernel, self.k_kernel_scale = kernel(*kv, weights)
+        self.v_kernel, self.v_kernel_scale = kernel(*kv, weights)
+        if self.has_bias:
+            self.q_bias, self.k_bias, self.v_bias = (param(shape[1:], axes[1:]) for shape, axes in (q, kv, kv))
+        self.o_kernel, self.o_kernel_scale = kernel(*o, weights)
         self.q_lora = adapter("q_proj", *q, lora)
         self.k_lora = adapter("k_proj", *kv, lora)
         self.v_lora = adapter("v_proj", *kv, lora)
@@ -141,7 +124,7 @@ class Attention(nnx.Module):
 
         The cache goes through `attend`.
         """
-        q, k, v = self._fused_inputs(x) if self.fused else self._inputs(x)
+        q, k, v = self._inputs(x)
         out, cache = attend(rotate(q, *rotary), rotate(k, *rotary), v, cache)
         return adapted(self._output(out), "btnh,nhd->btd", out, self.o_lora), cache
 
@@ -158,45 +141,49 @@ class Attention(nnx.Module):
             v += self.v_bias[...].astype(x.dtype)
         return q, k, v
 
-    def _fused_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _output(self, out: jax.Array) -> jax.Array:
+        if self.o_kernel_scale is not None:
+            return project("btnh,nhd->btd", out, self.o_kernel, self.o_kernel_scale, self.weights)
+        # One axis of N x H, not two: for a sum over two XLA:CPU transposes the kernel anew in every step.
+        o_kernel = self.o_kernel[...].astype(out.dtype)
+        merged = out.reshape(*out.shape[:2], -1)
+        return jnp.einsum("btm,md->btd", merged, o_kernel.reshape(-1, o_kernel.shape[-1]))
+
+
+class FusedAttention(nnx.Module):
+    """`Attention` whose arrays `fuse_projections` joined and turned."""
+
+    def __init__(self, config: ModelConfig):
+        """Declares qkv `[(N+2K)H,D]`, all heads of q, then k, then v, its bias `[(N+2K)H]`, and o `[D,NH]`."""
+        D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        self.heads, self.has_bias = (N, K), config.qkv_bias
+        self.qkv_kernel = param(((N + 2 * K) * H, D), (None, "embed"))
+        if self.has_bias:
+            self.qkv_bias = param(((N + 2 * K) * H,), (None,))
+        self.o_kernel = param((D, N * H), ("embed", None))
+
+    def __call__(
+        self, x: jax.Array, rotary: tuple[jax.Array, jax.Array], attend: Attend, cache: Any
+    ) -> tuple[jax.Array, Any]:
+        """As `Attention`."""
         y = turned_product(x, self.qkv_kernel)
         if self.has_bias:
             y += self.qkv_bias[...].astype(x.dtype)
         N, K = self.heads
         y = y.reshape(*x.shape[:-1], N + 2 * K, -1)
-        return y[..., :N, :], y[..., N : N + K, :], y[..., N + K :, :]
-
-    def _output(self, out: jax.Array) -> jax.Array:
-        # One axis of N x H, not two: for a sum over two XLA:CPU transposes the kernel anew in every step.
-        merged = out.reshape(*out.shape[:2], -1)
-        if self.fused:
-            return turned_product(merged, self.o_kernel)
-        if self.o_kernel_scale is not None:
-            return project("btnh,nhd->btd", out, self.o_kernel, self.o_kernel_scale, self.weights)
-        o_kernel = self.o_kernel[...].astype(out.dtype)
-        return jnp.einsum("btm,md->btd", merged, o_kernel.reshape(-1, o_kernel.shape[-1]))
+        q, k, v = y[..., :N, :], y[..., N : N + K, :], y[..., N + K :, :]
+        out, cache = attend(rotate(q, *rotary), rotate(k, *rotary), v, cache)
+        return turned_product(out.reshape(*out.shape[:2], -1), self.o_kernel), cache
 
 
 class MLP(nnx.Module):
     """SwiGLU feed-forward (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        weights: WeightFormat | None = None,
-        lora: LoraConfig | None = None,
-        *,
-        fused: bool = False,
-    ):
-        """Declares gate and up `[D,F]`, down `[F,D]`; fused, gate_up `[2F,D]`, gate before up, and down `[D,F]`."""
+    def __init__(self, config: ModelConfig, weights: WeightFormat | None = None, lora: LoraConfig | None = None):
+        """Declares gate and up `[D,F]`, down `[F,D]`."""
         D, F = config.hidden_size, config.intermediate_size
-        self.weights, self.fused = weights, fused
+        self.weights = weights
         inward, down = ((D, F), ("embed", "mlp")), ((F, D), ("mlp", "embed"))
-        if fused:
-            assert weights is None and lora is None, "one array has neither scales nor adapters"
-            self.gate_up_kernel = param((2 * F, D), (None, "embed"))
-            self.down_kernel = param((D, F), ("embed", "mlp"))
-            return
         self.gate_kernel, self.gate_kernel_scale = kernel(*inward, weights)
         self.up_kernel, self.up_kernel_scale = kernel(*inward, weights)
         self.down_kernel, self.down_kernel_scale = kernel(*down, weights)
@@ -206,9 +193,6 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B,T,D]` to `[B,T,D]`."""
-        if self.fused:
-            gate, up = jnp.split(turned_product(x, self.gate_up_kernel), 2, axis=-1)
-            return turned_product(jax.nn.silu(gate) * up, self.down_kernel)
         gate = project("btd,df->btf", x, self.gate_kernel, self.gate_kernel_scale, self.weights)
         up = project("btd,df->btf", x, self.up_kernel, self.up_kernel_scale, self.weights)
         gate = adapted(gate, "btd,df->btf", x, self.gate_lora)
@@ -216,6 +200,21 @@ class MLP(nnx.Module):
         inner = jax.nn.silu(gate) * up
         down = project("btf,fd->btd", inner, self.down_kernel, self.down_kernel_scale, self.weights)
         return adapted(down, "btf,fd->btd", inner, self.down_lora)
+
+
+class FusedMLP(nnx.Module):
+    """`MLP` whose arrays `fuse_projections` joined and turned."""
+
+    def __init__(self, config: ModelConfig):
+        """Declares gate_up `[2F,D]`, gate before up, and down `[D,F]`."""
+        D, F = config.hidden_size, config.intermediate_size
+        self.gate_up_kernel = param((2 * F, D), (None, "embed"))
+        self.down_kernel = param((D, F), ("embed", "mlp"))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B,T,D]` to `[B,T,D]`."""
+        gate, up = jnp.split(turned_product(x, self.gate_up_kernel), 2, axis=-1)
+        return turned_product(jax.nn.silu(gate) * up, self.down_kernel)
 
 
 class Block(nnx.Module):
@@ -231,9 +230,10 @@ class Block(nnx.Module):
     ):
         """Declares the arrays of one layer."""
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, weights, lora, fused=fused)
+        assert not fused or (weights is None and lora is None), "fused arrays have neither scales nor adapters"
+        self.attention = FusedAttention(config) if fused else Attention(config, weights, lora)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, weights, lora, fused=fused)
+        self.mlp = FusedMLP(config) if fused else MLP(config, weights, lora)
 
     def __call__(
         self,

@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -90,8 +89,7 @@ def fuse_projections(params: Mapping[str, jax.Array], num_layers: int) -> Params
     out = dict(params)
     for layer in range(num_layers):
         attention, mlp = f"layers.{layer}.attention", f"layers.{layer}.mlp"
-        joined = _turned([out.pop(f"{attention}.{part}_kernel") for part in "qkv"], summed=1)
-        out[f"{attention}.qkv_kernel"] = joined
+        out[f"{attention}.qkv_kernel"] = _turned([out.pop(f"{attention}.{part}_kernel") for part in "qkv"], summed=1)
         out[f"{attention}.o_kernel"] = _turned([out[f"{attention}.o_kernel"]], summed=2)
         out[f"{mlp}.gate_up_kernel"] = _turned([out.pop(f"{mlp}.{part}_kernel") for part in ("gate", "up")], summed=1)
         out[f"{mlp}.down_kernel"] = _turned([out[f"{mlp}.down_kernel"]], summed=1)
@@ -101,7 +99,7 @@ def fuse_projections(params: Mapping[str, jax.Array], num_layers: int) -> Params
     return out
 
 
-@partial(jax.jit, static_argnames="summed")
+@functools.partial(jax.jit, static_argnames="summed")
 def _turned(kernels: list[jax.Array], summed: int) -> jax.Array:
     """`[out, in]` of kernels whose first dimensions are summed over, one behind the other."""
     return jnp.concatenate([w.reshape(math.prod(w.shape[:summed]), -1).T for w in kernels])
