@@ -19,6 +19,7 @@ import numpy as np
 
 from qwq_jax.engine.arrays import arrays_of
 from qwq_jax.engine.step import MAX_TOP_LOGPROBS, EngineShape, Program
+from qwq_jax.kernels.attention import Implementation
 from qwq_jax.logprobs import top_logprobs
 from qwq_jax.model.attention import PagedBatch, paged_attend
 from qwq_jax.model.layers import Attend, take_tokens
@@ -56,11 +57,13 @@ class Step(NamedTuple):
         layout: The mesh.
         shape: The engine's sizes.
         program: This step's.
+        attention: How its tokens see the cache.
     """
 
     layout: Layout
     shape: EngineShape
     program: Program
+    attention: Implementation = Implementation.AUTO
 
     def run(self, model: Transformer, cache: Any, carry: Carry, packed: jax.Array) -> tuple[Any, Carry, Outcome]:
         """Carries the step out; `packed` is `[R, n]` int32, see `arrays.pack`."""
@@ -149,10 +152,8 @@ class Step(NamedTuple):
         return model(token, position, self._attend(model, cache, batch, decode_rows=D, max_query=0), cache)
 
     def _attend(self, model: Transformer, cache: Any, batch: PagedBatch, *, decode_rows: int, max_query: int) -> Attend:
-        heads = model.config.num_heads
-        return paged_attend(
-            self.layout, batch, decode_rows=decode_rows, max_query=max_query, heads=heads, layer=cache[0]
-        )
+        how = {"heads": model.config.num_heads, "layer": cache[0], "implementation": self.attention}
+        return paged_attend(self.layout, batch, decode_rows=decode_rows, max_query=max_query, **how)
 
     def _no_hidden(self, model: Transformer, rows: int) -> jax.Array:
         return jnp.zeros((self.shape.replicas, rows, model.config.hidden_size), model.dtype)

@@ -1,5 +1,6 @@
 """The device side of the engine: the compiled programs, and the cache and parameters that they work on."""
 
+import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -18,13 +19,16 @@ from qwq_jax.engine.arrays import pack, packed_size
 from qwq_jax.engine.pages import pages_for
 from qwq_jax.engine.program import Carry, Outcome, Step
 from qwq_jax.engine.step import Draws, EngineShape, Program, StepPlan, StepResult
+from qwq_jax.kernels.attention import Implementation, load_native
 from qwq_jax.model.attention import target_of
 from qwq_jax.model.cache import abstract_layer, cache_maker, cache_spec
 from qwq_jax.model.params import Params, bind, fuse_projections
 from qwq_jax.model.spec import model_spec
+from qwq_jax.runtime import cache_directory
 from qwq_jax.sampling import Sampled
 from qwq_jax.sharding import Layout
 
+_LOG = logging.getLogger(__name__)
 # As `CACHE_SHARE`, of a machine whose memory is not the engine's alone.
 _CACHE_SHARE_OF_HOST = 0.25
 # See `EngineShape.growth`: TPUs and GPUs are compiled for longer, a CPU computes for longer.
@@ -61,6 +65,7 @@ class DeviceRunner:
         self._layout = layout
         self._dtype = jnp.dtype(config.compute_dtype)
         self._weights = weights
+        self._attention = _choose_attention(layout, {config.compute_dtype, config.cache_dtype or config.compute_dtype})
         self._new_cache = cache_maker(_cache_spec(model, layout, config, self.shape.num_pages), layout)
         self._cache: Any = self._new_cache()
         self._carry = _empty_carry(self.shape, layout)
@@ -120,7 +125,8 @@ class DeviceRunner:
     def _lowered(self, program: Program) -> Any:
         shape = (self.shape.replicas, packed_size(self.shape, program))
         packed = jax.ShapeDtypeStruct(shape, np.int32, sharding=self._layout.sharding(("replica", None)))
-        run = step_program(self._model, Step(self._layout, self.shape, program), self._dtype, self._weights)
+        step = Step(self._layout, self.shape, program, self._attention)
+        run = step_program(self._model, step, self._dtype, self._weights)
         return run.lower(self._params, self._cache, self._carry, packed)
 
 
@@ -198,6 +204,18 @@ def engine_shape(model: ModelConfig, layout: Layout, config: EngineConfig) -> En
         growth=_GROWTH_ON_CPU if device.platform == "cpu" else _GROWTH,
         scaled_logprobs=config.logprobs == "temperature",
     )
+
+
+def _choose_attention(layout: Layout, dtypes: set[str]) -> Implementation:
+    """On a CPU the kernel that is compiled for it, where it serves these dtypes and there is a compiler."""
+    if target_of(layout).platform != "cpu" or dtypes != {"float32"}:
+        return Implementation.AUTO
+    try:
+        load_native(cache_directory() / "native")
+    except (ValueError, OSError) as error:
+        _LOG.warning("this CPU decodes without a kernel of its own, which takes longer: %s", error)
+        return Implementation.AUTO
+    return Implementation.NATIVE
 
 
 def _carry_spec(shape: EngineShape) -> Carry:

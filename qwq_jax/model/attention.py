@@ -14,6 +14,7 @@ import numpy as np
 
 from qwq_jax.kernels.attention import (
     PADDING,
+    Implementation,
     PagedLayer,
     QueryShard,
     RaggedRows,
@@ -128,7 +129,14 @@ class PagedBatch(NamedTuple):
 
 
 def paged_attend(
-    layout: Layout, batch: PagedBatch, *, decode_rows: int, max_query: int, heads: int, layer: PagedLayer
+    layout: Layout,
+    batch: PagedBatch,
+    *,
+    decode_rows: int,
+    max_query: int,
+    heads: int,
+    layer: PagedLayer,
+    implementation: Implementation = Implementation.AUTO,
 ) -> Attend:
     """Attention over the paged cache for one engine step.
 
@@ -139,9 +147,15 @@ def paged_attend(
         max_query: See `paged_attention`.
         heads: Query heads of the model.
         layer: Any layer of the cache, for its shapes.
+        implementation: Which one.
     """
     _, kv_heads, pages, _, page_size, _ = layer.kv.shape
-    how = {"decode_rows": decode_rows, "max_query": max_query, "target": target_of(layout)}
+    how: dict[str, Any] = {
+        "decode_rows": decode_rows,
+        "max_query": max_query,
+        "target": target_of(layout),
+        "implementation": implementation,
+    }
     cache_spec, replica = layout.spec(CACHE_AXES), layout.spec(("replica",))
     on_device = partial(jax.shard_map, mesh=layout.mesh, check_vma=False)  # kernels do not say over what results vary
     local_layer = jax.tree.map(

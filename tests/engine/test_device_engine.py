@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from qwq_jax.config.engine import EngineConfig
 from qwq_jax.config.mesh import MeshConfig
 from qwq_jax.config.model import ModelConfig
 from qwq_jax.config.sampling import SamplingParams
+from qwq_jax.engine import runner
 from qwq_jax.engine.engine import Engine
 from qwq_jax.engine.request import Completion, Request
 from qwq_jax.engine.runner import DeviceRunner
@@ -79,6 +81,15 @@ def greedy(tiny_config: ModelConfig, params: Params, prompts: list[tuple[int, ..
 def drawn(tiny_config: ModelConfig, params: Params, prompts: list[tuple[int, ...]]) -> dict:
     sampled = requests_of(prompts, temperature=0.9, top_p=0.9, top_k=30, min_p=0.01, n=2)
     return tokens_of(list(make_engine(tiny_config, params).generate(sampled)))
+
+
+def test_without_a_compiler_the_reference_decodes(tiny_config, params, prompts, greedy, monkeypatch, caplog):
+    def none(directory: Path) -> None:
+        raise ValueError("no C++ compiler")
+
+    monkeypatch.setattr(runner, "load_native", none)
+    assert tokens_of(list(make_engine(tiny_config, params).generate(requests_of(prompts)))) == greedy
+    assert "decodes without a kernel of its own" in caplog.text and "no C++ compiler" in caplog.text
 
 
 def test_greedy_equals_a_full_forward_a_token(

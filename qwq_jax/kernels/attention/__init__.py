@@ -11,6 +11,7 @@ from qwq_jax.kernels.attention.dispatch import (
     prepare_rows,
 )
 from qwq_jax.kernels.attention.flash import LANES
+from qwq_jax.kernels.attention.native import load as load_native
 from qwq_jax.kernels.attention.pages import (
     PagedLayer,
     PagedOutput,
@@ -36,6 +37,7 @@ __all__ = [
     "attention_with_lse",
     "check_page",
     "is_quantized",
+    "load_native",
     "paged_attention",
     "prepare_rows",
     "scales_shape",

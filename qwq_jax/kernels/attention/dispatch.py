@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qwq_jax.kernels.attention import reference
+from qwq_jax.kernels.attention import native, reference
 from qwq_jax.kernels.attention.blocks import MEGACORES, find_chip, tile_sizes
 from qwq_jax.kernels.attention.flash import LANES
 from qwq_jax.kernels.attention.flash_vjp import Options, flash_attention
@@ -25,12 +25,14 @@ class Implementation(enum.Enum):
 
     That is dense attention of 16-bit inputs without a log-sum-exp; segments become a mask as long as the square of the
     row, which AUTO takes while it is small.
+    NATIVE is REFERENCE with decode rows by a kernel compiled for this CPU, once `native.load` has made it known.
     """
 
     AUTO = "auto"
     REFERENCE = "reference"
     PALLAS = "pallas"
     CUDNN = "cudnn"
+    NATIVE = "native"
 
 
 class Target(NamedTuple):
@@ -123,7 +125,7 @@ def attention_with_lse(
         block_q = _gpu_block(q) if target.platform == "gpu" else None
         return reference.attention(q, k, v, segment_ids, scale=scale, query_ids=ids, block_q=block_q)
     if chosen is not Implementation.PALLAS:
-        raise ValueError(f"attention by {chosen.value} gives no log-sum-exp: use pallas or reference")
+        raise ValueError(f"{chosen.value} has no dense attention with a log-sum-exp: use pallas or reference")
     _need_tpu(target)
     rows = q.shape[0] * k.shape[2]
     # Rows and heads keep both cores busy; a single one is shared between them.
@@ -215,12 +217,14 @@ def paged_attention(
     """
     chosen = _choose(implementation, target)
     counts = {"decode_rows": decode_rows, "max_query": max_query}
-    if chosen is Implementation.REFERENCE:
+    if chosen in (Implementation.REFERENCE, Implementation.NATIVE):
         assert isinstance(rows, RaggedRows), "rows were prepared for another implementation"
         blocks = reference.GPU_BLOCKS if target.platform == "gpu" else reference.CPU_BLOCKS
-        return reference.paged_attention(q, k, v, layer, rows, scale=scale, **counts, blocks=blocks)
+        decode = _native_decode(q, layer, target) if chosen is Implementation.NATIVE else None
+        how = {"scale": scale, **counts, "blocks": blocks, "attend_decode": decode}
+        return reference.paged_attention(q, k, v, layer, rows, **how)
     if chosen is not Implementation.PALLAS:
-        raise ValueError(f"{chosen.value} has no paged attention: use pallas or reference")
+        raise ValueError(f"{chosen.value} has no paged attention: use pallas, native or reference")
     _need_tpu(target)
     if isinstance(rows, RaggedRows):
         how = {"target": target, "implementation": chosen}
@@ -228,6 +232,15 @@ def paged_attention(
         assert isinstance(rows, RaggedWork)
     assert rows.is_of(q.shape[0], layer, **counts), "rows were prepared for another batch or another cache"
     return ragged_attention(q, k, v, layer, rows, scale=scale, interpret=target.interpret)
+
+
+def _native_decode(q: jax.Array, layer: PagedLayer, target: Target) -> reference.AttendDecode:
+    if target.platform != "cpu" or not native.serves(q.dtype, layer):
+        cache = f"{layer.kv.dtype} in the cache"
+        raise ValueError(
+            f"the native kernel is for float32 on a CPU, not for {q.dtype} and {cache} on {target.platform}"
+        )
+    return native.attend_decode
 
 
 def _choose(implementation: Implementation, target: Target) -> Implementation:

@@ -4,6 +4,7 @@ Scores, softmax and the sums are float32 whatever the dtype of the inputs (only 
 it): attention over 131,072 keys summed in bfloat16 loses the small probabilities that long reasoning lives on.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,6 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from qwq_jax.kernels.attention.pages import KEY, VALUE, PagedLayer, PagedOutput, RaggedRows, append_to_pages, widen
+
+# q [B, N, H], the cache, page table [B, W], lengths [B] and the scale -> output [B, N, H] and log-sum-exp [B, N].
+AttendDecode = Callable[[jax.Array, PagedLayer, jax.Array, jax.Array, float], tuple[jax.Array, jax.Array]]
 
 # Finite, so that a row with no visible key gives 0 / 0 nowhere: such rows are zeroed instead.
 MASKED = -1e30
@@ -285,6 +289,7 @@ def paged_attention(
     decode_rows: int,
     max_query: int,
     blocks: Blocks = CPU_BLOCKS,
+    attend_decode: AttendDecode | None = None,
 ) -> PagedOutput:
     """Appends a ragged batch's keys and values to the paged cache and attends to it.
 
@@ -301,6 +306,7 @@ def paged_attention(
         decode_rows: Static number of single-token rows.
         max_query: Static bound on the tokens of any other row; 0 where there are none.
         blocks: How much is computed at once.
+        attend_decode: What computes the rows of one token; None: what is here.
     """
     wanted = q.shape[2]
     q, k, v = (widen(x, layer.kv.shape[4]) for x in (q, k, v))
@@ -308,7 +314,8 @@ def paged_attention(
     table, length = rows.page_table, rows.kv_length
     parts: list[tuple[jax.Array, jax.Array]] = []
     if decode_rows:
-        parts.append(_attend_decode(q[:decode_rows], layer, table[:decode_rows], length[:decode_rows], scale, blocks))
+        decode = attend_decode or partial(_attend_decode, blocks=blocks)
+        parts.append(decode(q[:decode_rows], layer, table[:decode_rows], length[:decode_rows], scale))
     if max_query:
         chunks = RaggedRows(
             table[decode_rows:], length[decode_rows:], rows.query_start[decode_rows:] - decode_rows, rows.slots
