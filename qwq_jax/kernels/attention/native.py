@@ -44,7 +44,9 @@ def attend_decode(
         Output `[B, N, H]` and log-sum-exp `[B, N]`, float32.
     """
     results = jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct(q.shape[:2], jnp.float32)
-    return jax.ffi.ffi_call(_SYMBOL, results)(q, layer.kv, page_table, kv_length, scale=np.float32(scale))
+    call = jax.ffi.ffi_call(_SYMBOL, results)
+    out, lse = call(q, layer.kv, page_table, kv_length, scale=np.float32(scale))
+    return out, lse
 
 
 def serves(dtype: jnp.dtype, layer: PagedLayer) -> bool:
