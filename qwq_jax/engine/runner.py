@@ -210,12 +210,15 @@ def _choose_attention(layout: Layout, dtypes: set[str]) -> Implementation:
     """On a CPU the kernel that is compiled for it, where it serves these dtypes and there is a compiler."""
     if target_of(layout).platform != "cpu" or dtypes != {"float32"}:
         return Implementation.AUTO
+    loaded = True
     try:
         load_native(cache_directory() / "native")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # the last of a user without a home directory
         _LOG.warning("this CPU decodes without a kernel of its own, which takes longer: %s", error)
-        return Implementation.AUTO
-    return Implementation.NATIVE
+        loaded = False
+    if layout.mesh.is_multi_process:  # one program on all
+        loaded = bool(multihost_utils.process_allgather(np.array(loaded)).all())
+    return Implementation.NATIVE if loaded else Implementation.AUTO
 
 
 def _carry_spec(shape: EngineShape) -> Carry:

@@ -17,6 +17,7 @@ from qwq_jax.engine import runner
 from qwq_jax.engine.engine import Engine
 from qwq_jax.engine.request import Completion, Request
 from qwq_jax.engine.runner import DeviceRunner
+from qwq_jax.engine.step import Program
 from qwq_jax.model.attention import causal_attend
 from qwq_jax.model.params import Params, bind, random_params
 from qwq_jax.model.spec import model_spec
@@ -81,6 +82,13 @@ def greedy(tiny_config: ModelConfig, params: Params, prompts: list[tuple[int, ..
 def drawn(tiny_config: ModelConfig, params: Params, prompts: list[tuple[int, ...]]) -> dict:
     sampled = requests_of(prompts, temperature=0.9, top_p=0.9, top_k=30, min_p=0.01, n=2)
     return tokens_of(list(make_engine(tiny_config, params).generate(sampled)))
+
+
+def test_on_a_cpu_the_native_kernel_decodes(tiny_config, params):
+    engine = make_engine(tiny_config, params)
+    assert "qwq_jax_paged_decode" in engine.runner._lowered(Program(8, 0, 3)).as_text()
+    narrow = make_engine(tiny_config, params, cache_dtype="int8")
+    assert "qwq_jax_paged_decode" not in narrow.runner._lowered(Program(8, 0, 3)).as_text()
 
 
 def test_without_a_compiler_the_reference_decodes(tiny_config, params, prompts, greedy, monkeypatch, caplog):

@@ -236,10 +236,10 @@ def paged_attention(
 
 def _native_decode(q: jax.Array, layer: PagedLayer, target: Target) -> reference.AttendDecode:
     if target.platform != "cpu" or not native.serves(q.dtype, layer):
-        cache = f"{layer.kv.dtype} in the cache"
-        raise ValueError(
-            f"the native kernel is for float32 on a CPU, not for {q.dtype} and {cache} on {target.platform}"
-        )
+        given = f"{q.dtype} and {layer.kv.dtype} in the cache on {target.platform}"
+        raise ValueError(f"the native kernel is for float32 on a CPU, not for {given}")
+    if not native.is_loaded():
+        raise ValueError("the native kernel is not known to XLA: load_native comes first")
     return native.attend_decode
 
 

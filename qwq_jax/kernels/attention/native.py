@@ -5,13 +5,13 @@ through every core once. It needs a C++ compiler; an engine without one takes th
 """
 
 import ctypes
-import functools
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,9 +23,11 @@ from qwq_jax.kernels.attention.pages import PagedLayer
 
 _SOURCE = Path(__file__).with_name("paged_decode.cc")
 _SYMBOL = "qwq_jax_paged_decode"
-_COMPILERS = ("c++", "g++", "clang++")
+COMPILERS = ("c++", "g++", "clang++")
 # For this machine alone, which is why the library's name says which it is.
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-Wno-psabi")
+# XLA's registry is the process's, refuses a second entry of a name, and cannot be asked.
+_LOADING, _LOADED = threading.Lock(), threading.Event()
 
 
 def attend_decode(
@@ -54,15 +56,29 @@ def serves(dtype: jnp.dtype, layer: PagedLayer) -> bool:
     return dtype == jnp.float32 == layer.kv.dtype and layer.scales is None
 
 
-@functools.cache
 def load(directory: Path) -> None:
     """Makes the kernel known to XLA, once a process; compiles it into `directory` unless it is there.
 
     Raises:
         ValueError: There is no compiler, or it failed.
+        OSError: The directory cannot be written, or libraries in it cannot be loaded.
     """
-    library = ctypes.CDLL(str(compile_into(directory)))
-    jax.ffi.register_ffi_target(_SYMBOL, jax.ffi.pycapsule(getattr(library, _SYMBOL)), platform="cpu")
+    with _LOADING:
+        if is_loaded():
+            return
+        library = compile_into(directory)
+        try:
+            handle = ctypes.CDLL(str(library))
+        except OSError:  # of another system that shares the directory, or cut off
+            library.unlink()
+            handle = ctypes.CDLL(str(compile_into(directory)))
+        jax.ffi.register_ffi_target(_SYMBOL, jax.ffi.pycapsule(getattr(handle, _SYMBOL)), platform="cpu")
+        _LOADED.set()
+
+
+def is_loaded() -> bool:
+    """Whether XLA knows the kernel."""
+    return _LOADED.is_set()
 
 
 def compile_into(directory: Path) -> Path:
@@ -75,9 +91,9 @@ def compile_into(directory: Path) -> Path:
     library = directory / f"paged_decode-{hashlib.sha256(about.encode()).hexdigest()[:16]}.so"
     if library.exists():
         return library
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
-        raise ValueError(f"no C++ compiler: none of {', '.join(_COMPILERS)} is on the path")
+        raise ValueError(f"no C++ compiler: none of {', '.join(COMPILERS)} is on the path")
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as place:
         made = Path(place) / library.name
@@ -94,5 +110,7 @@ def compile_into(directory: Path) -> Path:
 def _machine() -> tuple[str, ...]:
     """What `-march=native` goes by: a directory may be shared by machines of different kinds."""
     cpus = Path("/proc/cpuinfo")
-    lines = cpus.read_text().splitlines() if cpus.exists() else [platform.processor()]
+    if not cpus.exists():
+        return platform.machine(), platform.processor(), platform.node()
+    lines = cpus.read_text().splitlines()
     return platform.machine(), *sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})

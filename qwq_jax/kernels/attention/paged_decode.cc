@@ -19,16 +19,25 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int kLanes = 16;
+// Vectors as wide as a register, since compilers keep wider ones in memory, and as many as there are registers for: sums
+// of kQueries x kVectors, and what is added to them.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kVectors = 4;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kVectors = 2;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4, kVectors = 4;
+#else
+constexpr int kLanes = 4, kVectors = 2;
+#endif
+constexpr int kQueries = 4;
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
-typedef float Vector8 __attribute__((vector_size(4 * kLanes / 2)));
-typedef float Vector4 __attribute__((vector_size(4 * kLanes / 4)));
+typedef float Vector8 __attribute__((vector_size(32)));
+typedef float Vector4 __attribute__((vector_size(16)));
 typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
 
 // Finite, as in reference.py: a row without a token gives 0 and no NaN.
 constexpr float kMasked = -1e30f;
-// Queries, and vectors of a value, that a core's registers hold sums of.
-constexpr int kQueries = 4, kVectors = 4;
 // Tokens of a row that are one unit of work; longer rows are shared out, and joined at the end.
 constexpr int64_t kUnitTokens = 512;
 
@@ -68,14 +77,21 @@ inline Half fold(const Whole& x) {
 }
 
 inline float sum(Vector x) {
-  const Vector4 four = fold<Vector8, Vector4>(fold<Vector, Vector8>(x));
+  Vector4 four;
+  if constexpr (kLanes == 16) {
+    four = fold<Vector8, Vector4>(fold<Vector, Vector8>(x));
+  } else if constexpr (kLanes == 8) {
+    four = fold<Vector, Vector4>(x);
+  } else {
+    std::memcpy(&four, &x, sizeof four);
+  }
   return (four[0] + four[1]) + (four[2] + four[3]);
 }
 
 // exp(x) of x <= 0 within 2 units in the last place: 2^n times a polynomial of what is left (Cephes, expf).
 inline Vector exponential(Vector x) {
   constexpr float kRound = 12582912.0f;  // 1.5 x 2^23: adding it leaves an integer in the last bits
-  const Integers in_range = x > -87.0f;
+  const Integers in_range = ~(x <= -87.0f);  // what is not a number stays so
   const Vector n = (x * 1.44269504f + kRound) - kRound;
   const Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   Vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -244,6 +260,9 @@ ffi::Error paged_decode(ffi::ThreadPool pool, Queries q, Cache cache, Table tabl
                         ffi::Result<Queries> out, ffi::Result<LogSums> lse, float scale) {
   const auto shape = cache.dimensions();
   const int64_t rows = q.dimensions()[0], queries = q.dimensions()[1], heads = shape[0];
+  if (shape[2] != 2 || q.dimensions()[2] != shape[4] || queries % heads || table.dimensions()[0] != rows ||
+      length.dimensions()[0] != rows)
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument, "queries, cache, page table and lengths are not of one batch");
   auto work = std::make_shared<Work>();
   work->sizes = {rows, heads, queries / heads, shape[4], shape[1], shape[3], table.dimensions()[1], scale};
   work->arrays = {q.typed_data(),      cache.typed_data(), table.typed_data(),
