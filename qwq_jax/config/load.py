@@ -68,7 +68,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not separator or not all(keys):
         raise ValueError(f"--set {override}: expected KEY=VALUE, such as mesh.data=2")
     for depth, key in enumerate(keys[:-1], start=1):
-        values = values.setdefault(key, {})
+        if values.get(key) is None:  # a table that may be absent, and is
+            values[key] = {}
+        values = values[key]
         if not isinstance(values, dict):
             raise ValueError(f"--set {override}: {'.'.join(keys[:depth])} is a value, not a table")
     values[keys[-1]] = _toml_value(text.strip())

@@ -1,9 +1,14 @@
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
 from qwq_jax.config.engine import EngineConfig
 from qwq_jax.config.load import build, key_paths, load_toml
+from qwq_jax.config.rl import RlConfig
 from qwq_jax.config.train import SftConfig
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 RUN = """
 model = "weights"
@@ -117,3 +122,12 @@ def test_key_paths_reach_into_tables():
 def test_configs_are_frozen():
     with pytest.raises(ValidationError, match="frozen"):
         EngineConfig().page_size = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_table_that_is_absent_may_be_set_in_values_that_name_it():
+    """What a config dumps has its optional tables as None."""
+    values = load_toml(CONFIGS / "rl" / "tiny_grpo.toml", RlConfig).model_dump()
+    assert values["decode_mesh"] is None
+    changed = build(RlConfig, values, ["decode_mesh.data=4", "mesh.data=4"], source="tiny_grpo.toml")
+    assert changed.decode_mesh is not None and changed.decode_mesh.data == 4
+    assert values["decode_mesh"] is None
