@@ -152,8 +152,15 @@ class Step(NamedTuple):
         return model(token, position, self._attend(model, cache, batch, decode_rows=D, max_query=0), cache)
 
     def _attend(self, model: Transformer, cache: Any, batch: PagedBatch, *, decode_rows: int, max_query: int) -> Attend:
-        how = {"heads": model.config.num_heads, "layer": cache[0], "implementation": self.attention}
-        return paged_attend(self.layout, batch, decode_rows=decode_rows, max_query=max_query, **how)
+        return paged_attend(
+            self.layout,
+            batch,
+            decode_rows=decode_rows,
+            max_query=max_query,
+            heads=model.config.num_heads,
+            layer=cache[0],
+            implementation=self.attention,
+        )
 
     def _no_hidden(self, model: Transformer, rows: int) -> jax.Array:
         return jnp.zeros((self.shape.replicas, rows, model.config.hidden_size), model.dtype)

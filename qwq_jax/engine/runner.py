@@ -19,7 +19,7 @@ from qwq_jax.engine.arrays import pack, packed_size
 from qwq_jax.engine.pages import pages_for
 from qwq_jax.engine.program import Carry, Outcome, Step
 from qwq_jax.engine.step import Draws, EngineShape, Program, StepPlan, StepResult
-from qwq_jax.kernels.attention import Implementation, load_native
+from qwq_jax.kernels.attention import Implementation, PagedLayer, load_native, native_serves
 from qwq_jax.model.attention import target_of
 from qwq_jax.model.cache import abstract_layer, cache_maker, cache_spec
 from qwq_jax.model.params import Params, bind, fuse_projections
@@ -65,9 +65,9 @@ class DeviceRunner:
         self._layout = layout
         self._dtype = jnp.dtype(config.compute_dtype)
         self._weights = weights
-        self._attention = _choose_attention(layout, {config.compute_dtype, config.cache_dtype or config.compute_dtype})
         self._new_cache = cache_maker(_cache_spec(model, layout, config, self.shape.num_pages), layout)
         self._cache: Any = self._new_cache()
+        self._attention = _choose_attention(layout, self._dtype, self._cache[0])
         self._carry = _empty_carry(self.shape, layout)
         self._programs: dict[Program, Any] = {}
 
@@ -206,9 +206,9 @@ def engine_shape(model: ModelConfig, layout: Layout, config: EngineConfig) -> En
     )
 
 
-def _choose_attention(layout: Layout, dtypes: set[str]) -> Implementation:
-    """On a CPU the kernel that is compiled for it, where it serves these dtypes and there is a compiler."""
-    if target_of(layout).platform != "cpu" or dtypes != {"float32"}:
+def _choose_attention(layout: Layout, dtype: Any, layer: PagedLayer) -> Implementation:
+    """On a CPU the kernel that is compiled for it, where it serves this dtype and cache and there is a compiler."""
+    if target_of(layout).platform != "cpu" or not native_serves(dtype, layer):
         return Implementation.AUTO
     loaded = True
     try:

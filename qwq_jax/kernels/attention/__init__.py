@@ -12,6 +12,7 @@ from qwq_jax.kernels.attention.dispatch import (
 )
 from qwq_jax.kernels.attention.flash import LANES
 from qwq_jax.kernels.attention.native import load as load_native
+from qwq_jax.kernels.attention.native import serves as native_serves
 from qwq_jax.kernels.attention.pages import (
     PagedLayer,
     PagedOutput,
@@ -38,6 +39,7 @@ __all__ = [
     "check_page",
     "is_quantized",
     "load_native",
+    "native_serves",
     "paged_attention",
     "prepare_rows",
     "scales_shape",

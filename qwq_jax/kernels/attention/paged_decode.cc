@@ -162,14 +162,12 @@ void add_all_values(const float* weights, int64_t stride, const float* values, i
       for (int64_t s = 0; s < tokens; ++s) out[g * width + h] += weights[g * stride + s] * values[s * width + h];
 }
 
-// One unit for G queries: the softmax's maximum [G], its sum [G], and the values' weighted sum [G, width].
+// One unit for G queries: the softmax's maximum [G], its sum [G], and the values' weighted sum [G, width], which begin as
+// of no token: kMasked and zeros.
 template <int G>
 void attend(const Sizes& sizes, const Arrays& arrays, const Unit& unit, const float* q, float* scores, float* top,
             float* total, float* out) {
   const int64_t stride = (sizes.page + kLanes - 1) / kLanes * kLanes, size = sizes.page * sizes.width;
-  std::fill_n(top, G, kMasked);
-  std::fill_n(total, G, 0.0f);
-  std::fill_n(out, G * sizes.width, 0.0f);
   for (int64_t begin = unit.first; begin < unit.last; begin += sizes.page) {
     const int64_t tokens = std::min(sizes.page, unit.last - begin);
     const int64_t named = arrays.table[unit.row * sizes.table_width + begin / sizes.page];
@@ -228,7 +226,7 @@ struct Work {
   }
 };
 
-// Joins the units [begin, end) of one row and head.
+// Joins the units [begin, end) of one row and head, into zeros.
 void join(const Work& work, int64_t begin, int64_t end) {
   const Unit& unit = work.units[begin];
   const int64_t group = work.sizes.group, width = work.sizes.width;
@@ -237,7 +235,6 @@ void join(const Work& work, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) highest = std::max(highest, work.tops[i * group + g]);
     const int64_t at = (unit.row * work.sizes.heads + unit.head) * group + g;
     float* out = work.arrays.out + at * width;
-    std::fill_n(out, width, 0.0f);
     for (int64_t i = begin; i < end; ++i) {
       const float share = std::exp(work.tops[i * group + g] - highest);
       const float* part = &work.outs[(i * group + g) * width];
@@ -280,7 +277,7 @@ ffi::Error paged_decode(ffi::ThreadPool pool, Queries q, Cache cache, Table tabl
         work->units.push_back({row, head, first, std::min(first + step, tokens)});
   }
   const int64_t count = work->units.size();
-  work->tops.resize(count * work->sizes.group);
+  work->tops.resize(count * work->sizes.group, kMasked);
   work->totals.resize(count * work->sizes.group);
   work->outs.resize(count * work->sizes.group * work->sizes.width);
 
